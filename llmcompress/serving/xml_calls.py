@@ -1,7 +1,7 @@
 """Calls of tools that a model writes as XML between the words of Hermes: Qwen3-Coder's and GLM-4.5's.
 
-A value has no type there: what the tool's schema calls a string is text, all else is read as JSON. So a call is told
-when it is complete, where calls in JSON are told as they come.
+A value has no type there: what the tool's schema calls a string is text, all else is read as JSON, and where it may be
+both, what it takes decides. So a call is told when it is complete, where calls in JSON are told as they come.
 """
 
 from __future__ import annotations
@@ -22,6 +22,11 @@ _GLM = re.compile(r"\s*([^<\s]+)\s*(.*)", re.DOTALL)
 _GLM_PART = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
 # as Python and JSON write them: Qwen's template shows the former
 _WORDS: dict[str, Any] = {"true": True, "false": False, "none": None, "null": None}
+# what a schema may call a value
+_KINDS: dict[type, set[str]] = {
+    str: {"string"}, bool: {"boolean"}, int: {"integer", "number"}, float: {"number"}, list: {"array"},
+    dict: {"object"}, type(None): {"null"},
+}  # fmt: skip
 
 
 def read_call(style: Style, text: str, tools: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, Any]] | None:
@@ -47,8 +52,15 @@ def _kinds(schema: Mapping[str, Any], name: str) -> set[str]:
     """Types that a parameter may have; none where the schema does not say it in a word."""
     properties = schema.get("properties")
     found = properties.get(name) if isinstance(properties, dict) else None
-    kinds = found.get("type") if isinstance(found, dict) else None
-    return {kinds} if isinstance(kinds, str) else set(kinds) if isinstance(kinds, list) else set()
+    if not isinstance(found, dict):
+        return set()
+    # an optional text of pydantic is one of two schemas
+    either = found.get("anyOf") or found.get("oneOf")
+    kinds = set[str]()
+    for one in either if isinstance(either, list) else [found]:
+        said = one.get("type") if isinstance(one, dict) else None
+        kinds.update([said] if isinstance(said, str) else said if isinstance(said, list) else ())
+    return kinds
 
 
 def _value(text: str, kinds: set[str]) -> Any:
@@ -59,9 +71,13 @@ def _value(text: str, kinds: set[str]) -> Any:
         return text
     word = text.strip()
     try:
-        return loads(word)
+        found = loads(word)
+        # json reads numbers that are none in JSON
+        json.dumps(found, allow_nan=False)
     except (ValueError, RecursionError):
-        return _WORDS.get(word.lower(), text)
+        found = _WORDS.get(word.lower(), text)
+    # digits are a text where the tool takes texts and no numbers
+    return text if "string" in kinds and not kinds & _KINDS[type(found)] else found
 
 
 class XmlCallStream:

@@ -16,6 +16,8 @@ PROPERTIES = {
     "days": {"type": "integer"},
     "warm": {"type": ["boolean", "null"]},
     "where": {"type": "object"},
+    "code": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+    "size": {"type": ["number", "string"]},
 }
 TOOLS = (Function(name="weather", parameters={"type": "object", "properties": PROPERTIES}), Function(name="now"))
 VALUES: dict[str, Any] = {"city": "12", "days": 3, "warm": None, "where": {"a": "<b>\n"}}
@@ -77,6 +79,13 @@ def test_what_is_no_call_is_text_as_it_was(style: Style, size: int, name: str) -
     [
         ("days", "3", 3),
         ("days", "many", "many"),
+        ("days", "NaN", "NaN"),
+        ("where", "[1e999]", "[1e999]"),
+        ("code", "12", "12"),
+        ("code", "true", "true"),
+        ("code", "None", None),
+        ("size", "12", 12),
+        ("size", "[12]", "[12]"),
         ("city", "true", "true"),
         ("warm", "True", True),
         ("warm", "null", None),
