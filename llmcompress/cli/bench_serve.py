@@ -89,7 +89,7 @@ def bench_serve(
     """
     from llmcompress.serving.load import Load, summary, target_of
 
-    if rate is not None and rate <= 0:
+    if rate is not None and not rate > 0:
         raise UsageError(f"--rate {rate:g}: must be above 0", "leave it out to send without pauses")
     if chat and prompts is None:
         raise UsageError("--chat: random token ids are no chat", "give --prompts FILE")
@@ -98,7 +98,7 @@ def bench_serve(
         # what a bound holds back has not been sent, and its waiting would not count
         concurrency = AT_ONCE if rate is None else requests
     target = target_of(url, os.environ.get(KEY) or None)
-    name = _model(target, url) if model is None else model
+    name = _model(target, url, timeout) if model is None else model
     drawn, both = random.Random(seed), requests + warmup
     asked = (
         [{"prompt": [drawn.randrange(FIRST_ID, vocabulary) for _ in range(input_tokens)]} for _ in range(both)]
@@ -155,16 +155,17 @@ def _bounds(given: list[str] | None) -> dict[str, float] | None:
     return found
 
 
-def _model(target: Target, url: str) -> str:
+def _model(target: Target, url: str, timeout: float) -> str:
     """The only model that a server lists."""
     from aiohttp import ClientError
 
     from llmcompress.serving.load import Refused, served_models
 
     try:
-        names = asyncio.run(served_models(target))
+        names = asyncio.run(asyncio.wait_for(served_models(target), timeout))
     except (OSError, ClientError, ValueError, Refused) as error:
-        raise EnvironmentProblem(f"{url}: {error}", "start the server first, or correct the address") from error
+        said = str(error) or f"no list of models within {timeout:g} s"
+        raise EnvironmentProblem(f"{url}: {said}", "start the server first, or correct the address") from error
     if len(names) != 1:
         raise UsageError(f"{url} serves {', '.join(names) or 'no model'}", "choose one with --model")
     return names[0]
@@ -185,7 +186,7 @@ def read_prompts(path: Path, chat: bool) -> list[dict[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: {error}", "give a text file") from error
     found = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         asked: dict[str, Any] = {"prompt": line}

@@ -188,8 +188,9 @@ def _save(out: Output, name: str, messages: list[dict[str, str]]) -> None:
     try:
         with Path(name).expanduser().open("x", encoding="utf-8") as file:
             file.write(json.dumps(messages, ensure_ascii=False, indent=2) + "\n")
-    except OSError as error:
-        out.warning(f"/save: {name}: {error.strerror or error}")
+    except (OSError, ValueError, RuntimeError) as error:
+        # no such user of ~, or a sign that no name has, loses no conversation
+        out.warning(f"/save: {name}: {getattr(error, 'strerror', None) or error}")
         return
     out.note(f"{len(messages)} messages are in {name}")
 

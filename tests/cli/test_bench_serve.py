@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -96,6 +97,11 @@ def test_prompts_of_a_file(
     assert all(path == "/v1/chat/completions" and "ignore_eos" not in body for path, body in kind.asked)
     assert invoke(["bench", "serve", url, "--prompts", str(lines)]) == 4
     assert f"{lines}:3: messages are for chats" in capsys.readouterr().err
+    # JSON's strings may hold what else ends lines
+    lines.write_text('{"prompt": "a\u2028b\x85"}\n', encoding="utf-8")
+    kind.asked.clear()
+    told(capsys, url, "--prompts", str(lines), "-n", "1", "--warmup", "0")
+    assert kind.asked[0][1]["prompt"] == "a\u2028b\x85"
     lines.write_text('{"prompt": 3}\n')
     assert invoke(["bench", "serve", url, "--prompts", str(lines)]) == 4
     assert f"{lines}:1: no prompt" in capsys.readouterr().err
@@ -116,6 +122,7 @@ def test_people_get_a_table(server: tuple[str, type[Answers]], capsys: pytest.Ca
     ("words", "code", "said"),
     [
         (["--rate", "0"], 2, "must be above 0"),
+        (["--rate", "nan"], 2, "must be above 0"),
         (["--chat"], 2, "random token ids are no chat"),
         (["--goodput", "itl:5"], 2, "--goodput itl:5: not a bound"),
         (["--goodput", "ttft:fast"], 2, "like --goodput ttft:500"),
@@ -141,3 +148,10 @@ def test_servers_that_do_not_answer(server: tuple[str, type[Answers]], capsys: p
     assert "serves a, b" in capsys.readouterr().err
     assert invoke(["bench", "serve", "http://127.0.0.1:1/v1"]) == 4
     assert "start the server first" in capsys.readouterr().err
+
+
+def test_a_server_that_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        assert invoke(["bench", "serve", url, "--timeout", "1"]) == 4
+    assert f"{url}: no list of models within 1 s" in capsys.readouterr().err

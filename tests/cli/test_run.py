@@ -494,13 +494,14 @@ def test_a_conversation_is_saved(
     import io
 
     file = tmp_path / "talk.json"
-    lines = ["hello", f"/save {file}", f"/save {file}", "/save", "again", "/exit"]
+    lines = ["hello", f"/save {file}", f"/save {file}", "/save", "/save ~no-such-user/a", "again", "/exit"]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     assert invoke(["chat", str(finished[1]), "-n", "3", "--system", "Be brief"]) == 0
     shown = capsys.readouterr().err
     saved = json.loads(file.read_text())
     assert [one["role"] for one in saved] == ["system", "user", "assistant"] and saved[1]["content"] == "hello"
     assert "3 messages are in" in shown and "File exists" in shown and "give a file" in shown
+    assert "/save: ~no-such-user/a: " in shown and len(shown.split("/save: ")) == 4
 
 
 def test_python_loads_a_run_folder_as_the_commands_do(finished: tuple[Path, Path]) -> None:
