@@ -56,7 +56,7 @@ class Tally:
         self._seen[torch.tensor(list(prompt), dtype=torch.long)] = True
         self._ids = torch.tensor([token for token, _ in penalties.bias], dtype=torch.long)
         self._biases = torch.tensor([value for _, value in penalties.bias], dtype=torch.float32)
-        self._ends = torch.tensor([token for token in penalties.ends if token < vocabulary], dtype=torch.long)
+        self._ends = torch.tensor([token for token in penalties.ends if 0 <= token < vocabulary], dtype=torch.long)
         self._written = 0
 
     def take(self, token: int) -> None:
