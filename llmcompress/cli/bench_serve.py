@@ -109,7 +109,7 @@ def bench_serve(
         "model": name, "temperature": temperature, "seed": seed, "stream": True,
         "stream_options": {"include_usage": True}, **({"ignore_eos": True} if ignore_eos else {}),
     }  # fmt: skip
-    # those to warm up are drawn last: their prompts are nobody else's, which a server would remember
+    # those to warm up are drawn last: random prompts of theirs are nobody else's, which a server would remember
     bodies = [{"max_tokens": output_tokens, **asked[index % len(asked)], **common} for index in range(both)]
     path = "/chat/completions" if chat else "/completions"
     shown = f"{requests} requests to {name} at {url}, {'' if rate is None else f'{rate:g} per second, '}"

@@ -94,10 +94,10 @@ class Outcome:
         return len(self.pieces) if self.tokens is None else self.tokens
 
     def milliseconds(self) -> dict[str, float]:
-        """``ttft``, ``e2el`` and, with two tokens or more, ``tpot``."""
+        """``ttft``, ``e2el`` and, with two tokens or more and a text to count from, ``tpot``."""
         first = self.pieces[0] if self.pieces else self.ended
         found = {"ttft": 1e3 * (first - self.sent), "e2el": 1e3 * (self.ended - self.sent)}
-        if self.written > 1:
+        if self.pieces and self.written > 1:
             found["tpot"] = 1e3 * (self.ended - first) / (self.written - 1)
         return found
 
@@ -142,9 +142,8 @@ class Load:
         self._late = 0.0
 
     async def run(
-        self, bodies: Sequence[Mapping[str, Any]], concurrency: int, rate: float | None = None, seed: int = 0,
-        told: Callable[[int], None] = lambda done: None,
-    ) -> Measured:  # fmt: skip
+        self, bodies: Sequence[Mapping[str, Any]], concurrency: int, rate: float | None = None, seed: int = 0
+    ) -> Measured:
         """Send all and wait for their ends.
 
         Args:
@@ -152,26 +151,22 @@ class Load:
             concurrency: How many may run at once.
             rate: Requests a second on average, at times of a Poisson process; None sends them as soon as they may.
             seed: Of these times.
-            told: Called with the number of requests that are over.
         """
         draws, at, starts = random.Random(seed), 0.0, []
         for _ in bodies:
             starts.append(at)
             at += 0.0 if rate is None else draws.expovariate(rate)
         places, outcomes = asyncio.Semaphore(concurrency), [Outcome() for _ in bodies]
-        done, began, loop = 0, self._clock(), asyncio.get_running_loop()
+        began, loop = self._clock(), asyncio.get_running_loop()
         opened = loop.time()
 
         async def one(index: int) -> None:
-            nonlocal done
             await asyncio.sleep(max(0.0, opened + starts[index] - loop.time()))
             async with places:
                 self._running += 1
                 self._most = max(self._most, self._running)
                 await self.send(bodies[index], outcomes[index])
                 self._running -= 1
-            done += 1
-            told(done)
 
         watch = asyncio.create_task(self._watch())
         try:

@@ -206,6 +206,13 @@ def test_a_load_of_which_nothing_came() -> None:
     assert found["completion_tokens"] == 0 and all(found[f"{kind}_ms"] == {} for kind in ("ttft", "itl", "e2el"))
 
 
+def test_tokens_without_a_text_have_no_times_between_them() -> None:
+    # special tokens alone, say: all of the time is that to the first text
+    found = summary(Measured([Outcome(sent=1.0, ended=3.0, tokens=4)], 2.0, 1, 0.0), (50,), {"tpot": 1})
+    assert found["completion_tokens"] == 4 and found["tpot_ms"] == {} == found["itl_ms"]
+    assert found["ttft_ms"]["mean"] == found["e2el_ms"]["mean"] == 2000 and found["good_requests_per_second"] == 0.5
+
+
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://x/v1", "http://", "http://x:port/v1", "http://x/v1?a=1"])
 def test_what_is_no_address(url: str) -> None:
     with pytest.raises(UsageError, match="no address"):
