@@ -187,7 +187,7 @@ def _save(out: Output, name: str, messages: list[dict[str, str]]) -> None:
         return
     try:
         with Path(name).expanduser().open("x", encoding="utf-8") as file:
-            file.write(json.dumps(messages, ensure_ascii=False, indent=2) + "\n")
+            file.write(_utf8(json.dumps(messages, ensure_ascii=False, indent=2)) + "\n")
     except (OSError, ValueError, RuntimeError) as error:
         # no such user of ~, or a sign that no name has, loses no conversation
         out.warning(f"/save: {name}: {getattr(error, 'strerror', None) or error}")
@@ -234,7 +234,7 @@ def form_of(schema: Path | None, regex: str | None, choice: list[str] | None) ->
     """
     if sum(given is not None for given in (schema, regex, choice or None)) > 1:
         raise UsageError("--json-schema, --regex and --choice: one format at a time", "leave out all but one")
-    from llmcompress.inference.grammar import of_choice, of_regex, of_schema
+    from llmcompress.inference.grammar import GrammarError, of_choice, of_regex, of_schema
 
     if schema is not None:
         try:
@@ -243,7 +243,10 @@ def form_of(schema: Path | None, regex: str | None, choice: list[str] | None) ->
             raise InputError(f"{schema}: {error}", "give a file with a JSON schema") from error
         if not isinstance(found, dict | bool):
             raise InputError(f"{schema}: a schema is a JSON object", 'write it like {"type": "object"}')
-        return Form(of_schema(found), f"--json-schema {schema}")
+        try:
+            return Form(of_schema(found), f"--json-schema {schema}")
+        except GrammarError as error:
+            raise InputError(f"{schema}: {error.message}", "give a file with a JSON schema") from error
     if regex is not None:
         return Form(of_regex(regex), "--regex")
     if choice and not all(choice):

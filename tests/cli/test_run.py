@@ -480,7 +480,11 @@ def test_what_is_written_keeps_to_a_format(
     assert invoke([*words, "--regex", "[ab]{40}", "-n", "3"]) == 0
     assert "cut short after 3 tokens" in capsys.readouterr().err
     schema.write_text("{")
+    lax = tmp_path / "lax.json"
+    # Python reads more than JSON
+    lax.write_text('{"maximum": NaN}')
     for bad, code, said in (
+        (["--json-schema", str(lax)], 4, f"{lax}: the schema is no JSON"),
         (["--regex", "[a"], 4, "--regex: "), (["--json-schema", str(schema)], 4, "schema.json: Expecting"),
         (["--regex", "a", "--choice", "b"], 2, "one format at a time"), (["--choice", ""], 2, "a text is empty"),
     ):  # fmt: skip
@@ -494,7 +498,9 @@ def test_a_conversation_is_saved(
     import io
 
     file = tmp_path / "talk.json"
-    lines = ["hello", f"/save {file}", f"/save {file}", "/save", "/save ~no-such-user/a", "again", "/exit"]
+    # a byte of another encoding as Python hides it where the locale is not UTF-8
+    lines = ["hello", f"/save {file}", f"/save {file}", "/save", "/save ~no-such-user/a", "\udce9t\udce9"]
+    lines += [f"/save {tmp_path / 'more.json'}", "/exit"]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     assert invoke(["chat", str(finished[1]), "-n", "3", "--system", "Be brief"]) == 0
     shown = capsys.readouterr().err
@@ -502,6 +508,7 @@ def test_a_conversation_is_saved(
     assert [one["role"] for one in saved] == ["system", "user", "assistant"] and saved[1]["content"] == "hello"
     assert "3 messages are in" in shown and "File exists" in shown and "give a file" in shown
     assert "/save: ~no-such-user/a: " in shown and len(shown.split("/save: ")) == 4
+    assert json.loads((tmp_path / "more.json").read_text(encoding="utf-8"))[3]["content"] == "\ufffdt\ufffd"
 
 
 def test_python_loads_a_run_folder_as_the_commands_do(finished: tuple[Path, Path]) -> None:
