@@ -173,7 +173,8 @@ def _require_here(loaded: LoadedRecipe) -> None:
         try:
             require_weights(folder, config)
         except InputError as error:
-            raise InputError(error.message, f"{error.hint}{_ELSEWHERE}") from error
+            hint = f"{error.hint}{_ELSEWHERE}" if error.hint else _ELSEWHERE.removeprefix("; ")
+            raise InputError(error.message, hint) from error
         require_sources(loaded, folder, config)
         require_tokenizer(loaded, folder)
         require_companions(loaded, list(loaded.recipe.stages))

@@ -161,6 +161,12 @@ def test_plan_and_validate_refuse_weights_that_run_would(capsys: pytest.CaptureF
         assert "cut short" in said.err and "--config" in said.err
         assert said.out  # what the config alone tells
         assert invoke([command, "smoke/rtn_tiny", f"model.path={model}", "--config", str(model)]) == 0
+    # an error without a next step of its own
+    weights.write_bytes(whole.replace(b'"F32"', b'"F99"', 1).replace(b'"BF16"', b'"BF99"', 1))
+    for command in ("validate", "plan"):
+        assert invoke([command, "smoke/rtn_tiny", f"model.path={model}"]) == 4
+        said = capsys.readouterr().err
+        assert "99, which is not supported" in said and "--config" in said and "None" not in said
     weights.write_bytes(whole)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
