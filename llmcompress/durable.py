@@ -1,4 +1,4 @@
-"""Files that are either absent or complete, whatever happens while they are written."""
+"""Files that are either absent or complete, whatever happens while they are written, and folders held alone."""
 
 from __future__ import annotations
 
