@@ -274,7 +274,7 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         place = f"{config.name_or_path}/config.json" if config.name_or_path else "config.json"
         raise InputError(f"{place}: transformers cannot build its modules: {_reason(error)}") from error
     result: PreTrainedModel = model.eval()

@@ -55,6 +55,7 @@ def test_nan_weights_are_refused_unless_told_otherwise(tmp_path, tiny_folder):
     [
         ("rms_norm_eps", "1e-6"),
         ("dtype", "floaty"),
+        ("pad_token_id", 10**6),
         ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": "a"}),
     ],
 )
