@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
+import numpy
 
 from llmcompress.errors import UsageError
 
@@ -31,26 +32,15 @@ LOOK = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """An endpoint.
+    """A server.
 
     Attributes:
-        host, port: Where.
-        secure: Whether by TLS.
-        root: Path before those of endpoints, as ``/v1``.
+        url: What the paths of its endpoints follow.
         key: Sent as a bearer token, None for none.
     """
 
-    host: str
-    port: int
-    secure: bool
-    root: str
+    url: str
     key: str | None = None
-
-    @property
-    def url(self) -> str:
-        """Its root as a URL."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'https' if self.secure else 'http'}://{host}:{self.port}{self.root}"
 
 
 def target_of(url: str, key: str | None) -> Target:
@@ -61,13 +51,13 @@ def target_of(url: str, key: str | None) -> Target:
     """
     try:
         parts = urlsplit(url)
-        port = parts.port
+        # no number raises here
+        _ = parts.port
     except ValueError:
-        parts, port = urlsplit(""), None
+        parts = urlsplit("")
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise UsageError(f"{url}: no address of a server", "write it like http://127.0.0.1:8000/v1")
-    secure = parts.scheme == "https"
-    return Target(parts.hostname, port or (443 if secure else 80), secure, parts.path.rstrip("/"), key)
+    return Target(url.rstrip("/"), key)
 
 
 @dataclass(slots=True)
@@ -288,19 +278,6 @@ async def served_models(target: Target) -> list[str]:
         raise Refused("its list of models is none") from error
 
 
-def percentile(ordered: Sequence[float], share: float) -> float:
-    """The value below which this share of the values lies, between two of them by a straight line, as numpy has it.
-
-    Args:
-        ordered: From small to large, at least one.
-        share: From 0 to 100.
-    """
-    at = (len(ordered) - 1) * share / 100
-    low = int(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
-
-
 def summary(
     measured: Measured, percentiles: Sequence[float] = (50, 90, 99), bounds: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
@@ -336,6 +313,7 @@ def summary(
     for kind in KINDS:
         values = by_kind[kind]
         row = {"mean": sum(values) / len(values), "max": values[-1]} if values else {}
-        row |= {f"p{share:g}": percentile(values, share) for share in percentiles} if values else {}
+        at = numpy.percentile(values, percentiles).tolist() if values else []
+        row |= {f"p{share:g}": value for share, value in zip(percentiles, at)}
         found[f"{kind}_ms"] = row
     return found

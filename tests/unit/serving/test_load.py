@@ -16,7 +16,6 @@ from llmcompress.serving.load import (
     Outcome,
     Refused,
     Target,
-    percentile,
     served_models,
     summary,
     target_of,
@@ -192,13 +191,12 @@ def test_models_of_a_server() -> None:
         Fake(other).run(served_models)
 
 
-def test_percentiles_are_numpys() -> None:
-    import numpy
-
-    values = sorted([3.0, 1.0, 4.0, 1.5, 9.0, 2.6])
-    for share in (0, 10, 50, 90, 99, 99.9, 100):
-        assert percentile(values, share) == pytest.approx(float(numpy.percentile(values, share)))
-    assert percentile([2.0], 99) == 2.0
+def test_percentiles_are_those_of_the_requests_that_succeeded() -> None:
+    outcomes = [Outcome(0.0, seconds) for seconds in (3.0, 1.0, 4.0, 1.5, 9.0, 2.6)]
+    found = summary(Measured([*outcomes, Outcome(0.0, 100.0, error="no")], 9.0, 1, 0.0), (0, 10, 50, 90, 100))
+    wanted = {"p0": 1000, "p10": 1250, "p50": 2800, "p90": 6500, "p100": 9000, "max": 9000, "mean": 21100 / 6}
+    assert found["e2el_ms"] == pytest.approx(wanted)
+    assert summary(Measured([Outcome(0.0, 2.0)], 2.0, 1, 0.0), (99,))["e2el_ms"]["p99"] == pytest.approx(2000)
 
 
 def test_a_load_of_which_nothing_came() -> None:
@@ -220,5 +218,5 @@ def test_what_is_no_address(url: str) -> None:
 
 
 def test_addresses() -> None:
-    assert target_of("https://api.example.com/v1/", "k") == Target("api.example.com", 443, True, "/v1", "k")
-    assert target_of("http://[::1]:9/", None) == Target("::1", 9, False, "", None)
+    assert target_of("https://api.example.com/v1/", "k") == Target("https://api.example.com/v1", "k")
+    assert target_of("http://[::1]:9/", None) == Target("http://[::1]:9", None)
