@@ -7,6 +7,7 @@ escapes is a bug and exits 1 with the traceback saved beside the run.
 
 from __future__ import annotations
 
+import shlex
 from enum import IntEnum
 
 
@@ -38,6 +39,15 @@ class LLMCompressError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+
+def command_line(*words: object) -> str:
+    """A command of ours as a shell takes it, whatever is in its paths; for hints.
+
+    Args:
+        words: What follows ``llmcompress``.
+    """
+    return shlex.join(["llmcompress", *map(str, words)])
 
 
 def first_line(error: BaseException) -> str:

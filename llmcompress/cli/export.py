@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,7 @@ import typer
 from llmcompress.cli.command import command
 from llmcompress.cli.output import Output
 from llmcompress.cli.run import load_job, quoted
-from llmcompress.errors import ExportError, InputError, UsageError
+from llmcompress.errors import ExportError, InputError, UsageError, command_line
 from llmcompress.units import bytes_text
 
 
@@ -58,9 +57,7 @@ def export(
     stage = Export("export", ExportConfig.model_validate(config))
     with Runner(job, RunOptions(), out.sinks()).restored("export") as (state, ctx):
         if state.packed is None:
-            raise InputError(
-                f"{run_dir}: its quantizing stage is not finished", f"llmcompress resume {shlex.quote(str(run_dir))}"
-            )
+            raise InputError(f"{run_dir}: its quantizing stage is not finished", command_line("resume", run_dir))
         stage.require(
             state, "--format native holds any model; other formats need other rules in the recipe, and its run"
         )

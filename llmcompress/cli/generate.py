@@ -13,7 +13,7 @@ import typer
 from llmcompress.cli.command import command
 from llmcompress.cli.evaluate import DeviceOption, DtypeOption, MemberOption, ModelArgument
 from llmcompress.cli.output import Output
-from llmcompress.errors import InputError, UsageError
+from llmcompress.errors import InputError, UsageError, command_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -114,7 +114,7 @@ def generate(
     """Continue a prompt, with the likeliest token each time unless a temperature is given."""
     if prompt is None:
         if sys.stdin.isatty():
-            raise UsageError("no prompt", f"llmcompress generate {path} --prompt 'Once upon a time'")
+            raise UsageError("no prompt", command_line("generate", path, "--prompt", "Once upon a time"))
         prompt = sys.stdin.read().rstrip("\n")
     prompt = _utf8(prompt)
     how = Sampling(max_new_tokens, temperature, top_p, seed, top_k, min_p)

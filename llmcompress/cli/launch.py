@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 import signal
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmcompress.distributed.world import LAUNCHED, LOST
-from llmcompress.errors import EnvironmentProblem, ExitCode, Interrupted, LLMCompressError, UsageError
+from llmcompress.errors import EnvironmentProblem, ExitCode, Interrupted, LLMCompressError, UsageError, command_line
 
 if TYPE_CHECKING:
     from llmcompress.cli.output import Output
@@ -122,7 +121,7 @@ def launch(out: Output, processes: Processes, words: Sequence[str], run_dir: Pat
 
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    again = f"llmcompress resume {shlex.quote(str(run_dir))} --nproc N, with any N"
+    again = f"{command_line('resume', run_dir)} --nproc N, with any N"
     with tempfile.TemporaryDirectory(prefix="llmcompress-ranks-") as logs:
         quiet = {local: Std.ALL for local in range(processes.nproc) if local > 0}
         environment = {LAUNCHED: "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", _threads(processes.nproc))}

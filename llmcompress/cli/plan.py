@@ -19,7 +19,7 @@ from llmcompress.cli.look_ahead import (
 )
 from llmcompress.cli.output import Output, table
 from llmcompress.cli.run import OverridesArgument, RecipeArgument
-from llmcompress.errors import InputError, UsageError
+from llmcompress.errors import InputError, UsageError, command_line
 from llmcompress.units import bytes_text
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def _no_config(loaded: LoadedRecipe, recipe: str) -> InputError:
     from llmcompress.models.lora_checkpoint import is_adapter, not_a_model
     from llmcompress.models.paths import no_model_folder, resolve_path
 
-    hint = f"llmcompress plan {recipe} model.path=FOLDER, or --config config.json"
+    hint = f"{command_line('plan', recipe, 'model.path=FOLDER')}, or --config config.json"
     where = loaded.recipe.model.path
     if "model.path" not in loaded.missing and not resolve_path(where).is_dir():
         error = no_model_folder(where)

@@ -15,7 +15,7 @@ import typer
 from llmcompress.cli.command import command
 from llmcompress.cli.completion import complete_recipe
 from llmcompress.cli.output import Output, table
-from llmcompress.errors import InputError, UsageError
+from llmcompress.errors import InputError, UsageError, command_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -106,7 +106,7 @@ def copy_recipe(
     text = whole(source) if full else source.read_text(encoding="utf-8")
     path.write_text(_moved(text, source, path), encoding="utf-8")
     out.result({"name": name, "path": str(path)}, f"{path}")
-    out.note(f"next: llmcompress validate {path}")
+    out.note(f"next: {command_line('validate', path)}")
 
 
 def whole(path: Path) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from llmcompress.cli.launch import Processes, ProcessOptions, launch
 from llmcompress.cli.look_ahead import look_ahead
 from llmcompress.cli.output import Output, table
 from llmcompress.distributed.world import LAUNCHED
-from llmcompress.errors import GateFailed, InputError, UsageError
+from llmcompress.errors import GateFailed, InputError, UsageError, command_line
 from llmcompress.units import bytes_text
 
 if TYPE_CHECKING:
@@ -307,7 +306,7 @@ def show_outcome(outcome: Outcome, screen: Console, again: str) -> None:
         screen.print(f"{name}: {path} ({bytes_text(size)})", markup=False, highlight=False, soft_wrap=True)
     if outcome.status == "stopped":
         screen.print(
-            f"stopped as asked; next: llmcompress resume {shlex.quote(str(outcome.run_dir))}",
+            f"stopped as asked; next: {command_line('resume', outcome.run_dir)}",
             markup=False,
             highlight=False,
             soft_wrap=True,

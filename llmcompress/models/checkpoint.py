@@ -10,13 +10,12 @@ from __future__ import annotations
 import copy
 import json
 import re
-import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmcompress.errors import InputError
+from llmcompress.errors import InputError, command_line
 from llmcompress.models.layout import ExpertBank, ModelLayout, TensorView
 from llmcompress.models.lora_checkpoint import is_adapter, not_a_model
 from llmcompress.models.memory_limits import total_ram
@@ -196,9 +195,7 @@ class Checkpoint:
         return tensor
 
     def _lacks(self, name: str) -> InputError:
-        return InputError(
-            f"{self.path}: {name} is missing", f"look with `llmcompress inspect {shlex.quote(str(self.path))}`"
-        )
+        return InputError(f"{self.path}: {name} is missing", f"look with `{command_line('inspect', self.path)}`")
 
     def verify(self, check_values: bool = False) -> None:
         """Compare what the files hold with what the model needs.

@@ -5,13 +5,12 @@ from __future__ import annotations
 import glob
 import os
 import re
-import shlex
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from llmcompress.errors import InputError
+from llmcompress.errors import InputError, command_line
 from llmcompress.models.lora_checkpoint import is_adapter, not_a_model
 
 ASSET = "asset:"
@@ -165,7 +164,7 @@ def model_folder(text: str) -> Path:
     if not (path / "config.json").is_file():
         if is_adapter(path):
             raise not_a_model(path)
-        hint = f"finish the run first: llmcompress resume {shlex.quote(text)}" if (path / "run.json").exists() else None
+        hint = f"finish the run first: {command_line('resume', text)}" if (path / "run.json").exists() else None
         if hint is None and (ggufs := sorted(path.glob("*.gguf"))):
             hint = f"{ggufs[0].name} is for llama.cpp and the like; give the folder it was exported from"
         hint = hint or checkpoint_hint(path)

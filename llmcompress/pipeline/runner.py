@@ -8,7 +8,6 @@ continuing would silently mix two recipes (then it refuses and shows the differe
 from __future__ import annotations
 
 import logging
-import shlex
 import signal
 import threading
 import time
@@ -20,7 +19,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from llmcompress.distributed.world import ALONE, World
-from llmcompress.errors import GateFailed, Interrupted, RecipeError, UsageError
+from llmcompress.errors import GateFailed, Interrupted, RecipeError, UsageError, command_line
 from llmcompress.evaluation.gates import failed as failed_gates
 from llmcompress.events import Event
 from llmcompress.models.heap import give_back_memory, keep_freed_memory
@@ -217,7 +216,7 @@ class Runner:
             if record is None or not finished:
                 raise UsageError(
                     f"{self.dir.root}: no stage of this run has finished",
-                    f"llmcompress resume {shlex.quote(str(self.dir.root))}",
+                    command_line("resume", self.dir.root),
                 )
             self._emit = Fanout(self._displays)
             devices.set_threads(record.threads or None)
@@ -391,7 +390,7 @@ class Runner:
                 status = "interrupted"
                 reason = str(stop) or "stopped by Ctrl-C"
                 raise Interrupted(
-                    f"{reason}; finished blocks are kept", f"llmcompress resume {shlex.quote(str(self.dir.root))}"
+                    f"{reason}; finished blocks are kept", command_line("resume", self.dir.root)
                 ) from stop
             finally:
                 self._emit.quietly(Event("run_end", "", {"status": status}))
@@ -498,7 +497,7 @@ class Runner:
             build_report(self.dir.root)
         except Exception:  # the page is made of what is kept: no fault of it may undo a run
             logging.getLogger(__name__).exception("the report cannot be written")
-            again = f"llmcompress report {shlex.quote(str(self.dir.root))}"
+            again = command_line("report", self.dir.root)
             self._send(
                 "warning", text=f"the report could not be written ({self.dir.log} has why); to try again: {again}"
             )
