@@ -55,14 +55,15 @@ def main() -> None:
     from llmcompress.models.heap import keep_freed_memory
     from llmcompress.pipeline import device
     from llmcompress.quant.spec import QuantSpec
-    from llmcompress.stages.blockwise.block_solver import BlockSolver, Method, RarePolicy
+    from llmcompress.stages.blockwise.block_solver import BlockSolver
+    from llmcompress.stages.blockwise.method import SecondOrder
 
     torch.set_num_threads(1)
     device.make_deterministic()
     keep_freed_memory()
     handle, model, walker, hidden = prepare(args)
     # what the gptq stage does by default, asymmetric
-    method = Method(GptqOptions(act_order="groups", refit=True), "mse", RarePolicy())
+    method = SecondOrder(grid="mse", options=GptqOptions(act_order="groups", refit=True))
     spec = QuantSpec(args.bits, args.group, symmetric=False)
 
     def run(block: Any) -> None:

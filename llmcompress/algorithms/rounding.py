@@ -22,15 +22,15 @@ PIECE = 1 << 17
 
 @dataclass(frozen=True, slots=True)
 class Rounded:
-    """Weights rounded to nearest.
+    """Weights that have got their codes, to nearest or otherwise, and what that costs.
 
     Attributes:
         codes: ``[..., N, K]`` uint8.
         scale: ``[..., N, G]`` fp16.
         zero: ``[..., N, G]`` uint8, None on a symmetric grid.
         quantized: ``[..., N, K]`` what the codes stand for, None where it was not asked for.
-        error: ``[..., N]`` fp32, sum of squared errors of each row.
-        energy: ``[..., N]`` fp32, sum of squared weights; not finite where a weight is not.
+        error: ``[..., N]`` fp32, sum of squared errors of each row; by GPTQ that in the layer's output.
+        energy: ``[..., N]`` fp32, sum of squared weights, not finite where a weight is not; by GPTQ that of outputs.
     """
 
     codes: Tensor

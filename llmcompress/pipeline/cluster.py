@@ -32,6 +32,8 @@ from llmcompress.recipe.load import LoadedRecipe
 from llmcompress.stages.base import PlanInputs, Stage
 from llmcompress.stages.blockwise.estimate import Job, job_of, limits_of
 from llmcompress.stages.blockwise.shared_statistics import shared_groups
+from llmcompress.stages.gptq import GptqConfig
+from llmcompress.stages.rtn import RtnConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +109,13 @@ def predict(
 
 
 def countable(stage: Stage) -> bool:
-    """Whether a stage's work is counted: it quantizes by rules. Training is not, although processes share it."""
-    return stage.distributed and "rules" in type(stage.config).model_fields
+    """Whether a stage's work is counted: it rounds, or solves as GPTQ does, and rates of both were measured."""
+    return isinstance(stage.config, RtnConfig | GptqConfig)
 
 
 def _row(stage: Stage, inputs: PlanInputs, ranks: int, rates: Rates, heads: int, deterministic: bool) -> ClusterRow:
     layout, config = inputs.layout, stage.config
-    solving = config.type != "rtn"
+    solving = isinstance(config, GptqConfig)
     job = job_of(config, inputs, solving)
     limits = limits_of(job, inputs)
     windows = -(-inputs.samples // ranks)

@@ -21,8 +21,8 @@ from llmcompress.models.layout import Block, ExpertBank, Sublayer
 from llmcompress.models.memory_limits import FORCED_TOKENS, Limits, kept_bytes
 from llmcompress.pipeline.rates import Rates, rate_at
 from llmcompress.stages.base import PlanInputs
-from llmcompress.stages.blockwise.block_solver import RarePolicy
 from llmcompress.stages.blockwise.estimate import BATCH_TOKENS, CPU_TURN, CUDA_BATCH_TOKENS, Job
+from llmcompress.stages.blockwise.method import RarePolicy
 
 # messages of a sum of whole numbers on all processes, which is no single one
 COUNTS = 3

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from llmcompress.section import Section
 from llmcompress.stages.base import StageConfig
-from llmcompress.stages.blockwise.quantizer import Quantizer
-from llmcompress.stages.blockwise.rules import RulesField
+from llmcompress.stages.blockwise.quantizer import Quantizer, QuantizerConfig
+
+if TYPE_CHECKING:
+    from llmcompress.stages.blockwise.method import Method
 
 
 class RareExperts(Section):
@@ -25,12 +27,10 @@ class RareExperts(Section):
     """``affinity`` weights each token by its routing weight (MoEQuant)."""
 
 
-class GptqConfig(StageConfig):
+class GptqConfig(QuantizerConfig):
     """Recipe section of the stage."""
 
     type: Literal["gptq"] = "gptq"
-    rules: RulesField
-    """Which weights are quantized and how; the first matching rule decides."""
     damp: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Added to the Hessian's diagonal, relative to its mean; raised automatically where Cholesky fails."""
     act_order: bool | Literal["groups"] = "groups"
@@ -58,6 +58,26 @@ class GptqConfig(StageConfig):
     """Policy for experts with few calibration tokens."""
     diagnose_experts: bool = True
     """Measure on MoE models how many tokens change experts; costs a second, unquantized pass."""
+
+    def method(self) -> Method:
+        """By GPTQ, with the settings of this section."""
+        from llmcompress.algorithms.gptq import GptqOptions
+        from llmcompress.stages.blockwise.method import RarePolicy, SecondOrder
+
+        rare = self.rare_experts
+        return SecondOrder(
+            rare=RarePolicy(
+                min_tokens=None if rare.min_tokens == "auto" else rare.min_tokens,
+                blend=rare.below == "blend",
+                affinity=rare.weighting == "affinity",
+            ),
+            target_ridge=None if self.targets == "own" else self.target_ridge,
+            residuals=self.targets == "residual_stream",
+            grid=self.grid,
+            options=GptqOptions(
+                self.damp, self.act_order, self.static_groups, self.block, self.grid, self.refit_scales
+            ),
+        )
 
     @model_validator(mode="after")
     def _groups_before_order(self) -> Self:

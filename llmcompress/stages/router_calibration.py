@@ -89,17 +89,18 @@ class RouterCalibration(BlockStage):
     def run(self, state: RunState, ctx: RunContext) -> None:
         """Calibrate block by block into an overlay store."""
         from llmcompress.quant.store import PackedStore
-        from llmcompress.stages.blockwise.block_solver import Method, RarePolicy
         from llmcompress.stages.blockwise.engine import BlockwiseQuantizer, plan_inputs
         from llmcompress.stages.blockwise.estimate import limits_for
+        from llmcompress.stages.blockwise.method import Nearest
 
         assert state.model is not None
         calibration = state.calibrated(ctx.stage)
         store = PackedStore(ctx.stage_dir / "blocks", state.packed)
         hook = router_hook(self.config, state, ctx)
-        method = Method(None, "minmax", RarePolicy())
         limits = limits_for(self.config, plan_inputs(state, ctx), hessians=False)
-        BlockwiseQuantizer(state.model, {}, method, store, ctx, calibration=calibration, hook=hook, limits=limits).run()
+        BlockwiseQuantizer(
+            state.model, {}, Nearest(), store, ctx, calibration=calibration, hook=hook, limits=limits
+        ).run()
         state.packed = store
 
 

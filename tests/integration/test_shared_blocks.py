@@ -23,7 +23,8 @@ from llmcompress.models.streamed import StreamedModel
 from llmcompress.models.walker import Walker
 from llmcompress.quant.codecs import int_group
 from llmcompress.quant.spec import QuantSpec
-from llmcompress.stages.blockwise.engine import method_of, run_blockwise
+from llmcompress.stages.blockwise.engine import run_blockwise
+from llmcompress.stages.blockwise.method import SecondOrder
 from llmcompress.stages.blockwise.shared_statistics import gather, shared_moments
 from llmcompress.stages.gptq import Gptq, GptqConfig
 
@@ -132,8 +133,9 @@ def test_a_shared_weight_is_solved_for_all_of_its_uses(tiny: Any, tmp_path: Path
     found = shared_moments(handle.layout, plan, tmp_path)
     assert found is not None
     gather(handle, model, plan, walker, walker.embed([block.name for block in handle.layout.blocks]), found)
-    options, whole = method_of(config).options, handle.dense_model(torch.float32)
-    assert options is not None
+    method, whole = config.method(), handle.dense_model(torch.float32)
+    assert isinstance(method, SecondOrder)
+    options = method.options
 
     errors = {"all uses": 0.0, "first use": 0.0, "nearest": 0.0}
     for index in (1, 2):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError
 from llmcompress.models.memory_limits import DEFAULT, Limits
@@ -16,53 +16,15 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from llmcompress.algorithms.gptq import GptqOptions
     from llmcompress.algorithms.hessian import Gram
+    from llmcompress.algorithms.rounding import Rounded
     from llmcompress.models.handle import ModelHandle
     from llmcompress.models.layout import Block, ExpertBank, LinearGroup
     from llmcompress.models.router import Router
     from llmcompress.models.stream_pairs import StreamPairs
     from llmcompress.stages.blockwise.engine import RouterHook
+    from llmcompress.stages.blockwise.method import Method
     from llmcompress.stages.blockwise.shared_statistics import SharedMoments
-
-
-@dataclass(frozen=True, slots=True)
-class RarePolicy:
-    """What happens to experts with few tokens; fields as in the recipe.
-
-    Attributes:
-        min_tokens: Tokens needed for GPTQ alone, None for ``max(128, in_features / 16)``.
-        blend: Mix in the layer's Hessian below that; otherwise round to nearest.
-        affinity: Weight tokens by routing weights.
-    """
-
-    min_tokens: int | None = None
-    blend: bool = True
-    affinity: bool = False
-
-    def needed(self, in_features: int) -> int:
-        """Tokens from which an expert stands on its own."""
-        return max(128, in_features // 16) if self.min_tokens is None else self.min_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """How weights are quantized.
-
-    Attributes:
-        options: GPTQ settings, None to round to nearest.
-        grid: Grid search for rounding.
-        rare: Policy for experts with few tokens.
-        target_ridge: When set, weights are first fitted to the full-precision stream with this
-            relative damping; needs GPTQ.
-        residuals: Also fit what writes to the residual stream to that of the full-precision stream.
-    """
-
-    options: GptqOptions | None
-    grid: Literal["minmax", "mse"]
-    rare: RarePolicy
-    target_ridge: float | None = None
-    residuals: bool = False
 
 
 @dataclass
@@ -107,7 +69,7 @@ class BlockSolver:
         self.limits: Limits = DEFAULT
         self.shared: SharedMoments | None = None
         self.handle, self.model, self.block, self.plan = handle, model, block, plan
-        self.options, self.grid, self.rare, self.hook = method.options, method.grid, method.rare, hook
+        self.method, self.rare, self.hook = method, method.rare, hook
         self.pairs, self.target_ridge = pairs, method.target_ridge
         self.warn = warn or (lambda _text: None)
         self.affinity = method.rare.affinity
@@ -119,8 +81,8 @@ class BlockSolver:
         self._runs = True
 
     def wants(self, names: Sequence[str]) -> bool:
-        """Second moments are needed for weights that GPTQ will quantize."""
-        return self.options is not None and any(name in self.plan and not self._is_shared(name) for name in names)
+        """Second moments are needed for weights that are quantized by them."""
+        return self.method.hessians and any(name in self.plan and not self._is_shared(name) for name in names)
 
     def router(self, bank: ExpertBank, router: Router, x: Tensor) -> None:
         """Let the hook calibrate the router, then make it what the artifact will hold."""
@@ -172,24 +134,24 @@ class BlockSolver:
             stacked = torch.cat(weights)[None]
             if hessian is not None and cross is not None:
                 stacked = self._fitted(stacked, hessian, cross, gram)
-            codes, scale, zero, quantized, above, below = self._solve(
-                stacked, hessian, spec, None, self._place(f"{mine[0]}.weight")
-            )
+            found = self._solve(stacked, hessian, spec, None, self._place(f"{mine[0]}.weight"))
             start = 0
             for name, weight, last in zip(mine, weights, kept):
                 rows = slice(start, start + weight.shape[0])
                 start = rows.stop
-                part = None if zero is None else zero[0, rows]
+                part = None if found.zero is None else found.zero[0, rows]
                 dense = last.to(torch.float16) if spec.dense_rows else None
                 self.packed[name] = int_group.encode(
-                    codes[0, rows].cpu(), scale[0, rows].cpu(), cpu(part), spec, cpu(dense)
+                    found.codes[0, rows].cpu(), found.scale[0, rows].cpu(), cpu(part), spec, cpu(dense)
                 )
-                if quantized is not None:
+                if found.quantized is not None:
                     place = self.model.get_parameter(f"{name}.weight")
-                    place.data[: weight.shape[0]].copy_(quantized[0, rows].to(place))
+                    place.data[: weight.shape[0]].copy_(found.quantized[0, rows].to(place))
                     if dense is not None:
                         place.data[weight.shape[0] :].copy_(dense.to(place))
-                self.record["errors"][name] = ratio(float(above[0, rows].sum()), float(below[0, rows].sum()))
+                self.record["errors"][name] = ratio(
+                    float(found.error[0, rows].sum()), float(found.energy[0, rows].sum())
+                )
 
     def experts(
         self, bank: ExpertBank, name: str, experts: slice, gram: Gram | None, shared: Callable[[int], Tensor]
@@ -218,15 +180,15 @@ class BlockSolver:
                 weights = self._fitted(weights, gram.hessian(), cross, gram)
             hessian, usable = self._expert_hessians(name, experts, gram, shared)
             counts = gram.mass.to(torch.float32)
-        codes, scale, zero, quantized, above, below = self._solve(weights, hessian, spec, usable, self._place(name))
-        if gram is None and not bool(below.isfinite().all()):
+        found = self._solve(weights, hessian, spec, usable, self._place(name))
+        if gram is None and not bool(found.energy.isfinite().all()):
             check_finite(weights, name)
         stack = self._stacks.setdefault(name, _Stack())
-        stack.parts.append(int_group.encode(codes.cpu(), scale.cpu(), cpu(zero), spec))
-        stack.above += float((above.sum(-1).cpu() * counts).sum())
-        stack.below += float((below.sum(-1).cpu() * counts).sum())
-        if quantized is not None:
-            write_expert_weight(module, bank, name, experts, quantized)
+        stack.parts.append(int_group.encode(found.codes.cpu(), found.scale.cpu(), cpu(found.zero), spec))
+        stack.above += float((found.error.sum(-1).cpu() * counts).sum())
+        stack.below += float((found.energy.sum(-1).cpu() * counts).sum())
+        if found.quantized is not None:
+            write_expert_weight(module, bank, name, experts, found.quantized)
         if experts.stop == bank.num_experts:
             self.packed[name] = joined(bank.shape(name), spec, stack.parts)
             self.record["errors"][name] = ratio(stack.above, stack.below)
@@ -263,22 +225,13 @@ class BlockSolver:
 
     def _solve(
         self, weights: Tensor, hessian: Tensor | None, spec: QuantSpec, usable: list[bool] | None, place: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
-        """Codes, scale, zero, values (of rounding only for a place that is given), and per-row error and energy."""
-        from llmcompress.algorithms.gptq import solve
-        from llmcompress.algorithms.rounding import round_weights
+    ) -> Rounded:
+        """What the method makes of a stack of weights; values only for a place that is given."""
 
-        if hessian is not None and self.options is not None:
-            found = solve(weights, hessian, spec, self.options, usable)
-            failed = [e for e, damp in enumerate(found.damp) if damp == 0 and (usable is None or usable[e])]
-            raised = [damp for damp in found.damp if damp > self.options.damp * 1.5]
-            if raised:
-                self.warn(f"{self.block.name}: damping raised to {max(raised):g} where Cholesky failed")
-            if failed:
-                self.warn(f"{self.block.name}: {len(failed)} singular Hessians; these weights are rounded to nearest")
-            return found.codes, found.scale, found.zero, found.quantized, found.error, found.energy
-        rounded = round_weights(weights, spec, self.grid, None if place is None else place.dtype)
-        return rounded.codes, rounded.scale, rounded.zero, rounded.quantized, rounded.error, rounded.energy
+        def warn(text: str) -> None:
+            self.warn(f"{self.block.name}: {text}")
+
+        return self.method.solve(weights, hessian, spec, usable, None if place is None else place.dtype, warn)
 
     def _expert_hessians(
         self, name: str, experts: slice, gram: Gram, shared: Callable[[int], Tensor]

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from llmcompress.models.router import Router
     from llmcompress.models.stream_pairs import StreamRecorder
     from llmcompress.models.walker import Walker
-    from llmcompress.stages.blockwise.block_solver import Method
+    from llmcompress.stages.blockwise.method import Method
+    from llmcompress.stages.blockwise.quantizer import QuantizerConfig
     from llmcompress.stages.state import RunContext, RunState
 
 
@@ -117,7 +118,7 @@ class BlockwiseQuantizer:
             # processes read a block at about the same time: what one has brought is there for the others
             self.handle.checkpoint.read_once(False)
         model = self.handle.skeleton(getattr(torch, self.ctx.dtype), head=False)
-        streams = self.calibration is not None and (self.method.options is not None or self.hook is not None)
+        streams = self.calibration is not None and (self.method.hessians or self.hook is not None)
         walker, quantized, full = None, None, None
         if streams:
             assert self.calibration is not None
@@ -162,7 +163,7 @@ class BlockwiseQuantizer:
         """Add up statistics of weights that several blocks run, unless an earlier part of the run has."""
         from llmcompress.models.walker import Walker
 
-        if self.method.options is None:
+        if not self.method.hessians:
             return
         self.shared = shared_moments(self.handle.layout, self.plan, self.ctx.stage_dir)
         if self.shared is None:
@@ -245,7 +246,7 @@ class BlockwiseQuantizer:
     @property
     def _targets(self) -> bool:
         """Whether weights are fitted to the full-precision stream."""
-        return self.method.options is not None and self.method.target_ridge is not None
+        return self.method.hessians and self.method.target_ridge is not None
 
     def _recorder(self, block: Block, walker: Walker | None) -> StreamRecorder | None:
         """Keeps the full-precision inputs of one block, where they are needed."""
@@ -280,10 +281,7 @@ class BlockwiseQuantizer:
 
         path = self.ctx.stage_dir / "engine.json"
         now = {"threads": torch.get_num_threads(), "dtype": self.ctx.dtype, "device": self.ctx.device}
-        if self.method.options is not None:
-            from llmcompress.algorithms.gptq import REVISION, column_loop
-
-            now |= {"column_loop": column_loop(self.ctx.device), "solver": REVISION}
+        now |= self.method.revision(self.ctx.device)
         if self.hook is not None:
             from llmcompress.algorithms.router_calibration import REVISION as ROUTER_REVISION
 
@@ -336,23 +334,23 @@ def check_rules(stage: str, rules: dict[str, RuleConfig], layout: ModelLayout) -
     return [f"stages.{stage}.{text}" for text in problems(plain_rules(rules), layout)]
 
 
-def run_blockwise(config: Any, state: RunState, ctx: RunContext, hook: RouterHook | None = None) -> None:
+def run_blockwise(config: QuantizerConfig, state: RunState, ctx: RunContext, hook: RouterHook | None = None) -> None:
     """Run a quantizing stage and attach its store to the run state.
 
     Args:
-        config: ``RtnConfig``, ``GptqConfig`` or a config derived from it.
-        state: Needs a model, and a calibration set for GPTQ.
+        config: The stage's config.
+        state: Needs a model, and a calibration set where the method needs Hessians.
         ctx: The run.
         hook: Router hook; when None and ``diagnose_experts`` is set, expert shift is recorded on MoE models.
     """
     assert state.model is not None
     store = PackedStore(ctx.stage_dir / "blocks", state.packed)
-    method = method_of(config)
-    if method.options is not None:
+    method = config.method()
+    if method.hessians:
         state.calibrated(ctx.stage)
-    if hook is None and config.diagnose_experts and state.calibration is not None:
+    if hook is None and getattr(config, "diagnose_experts", False) and state.calibration is not None:
         hook = _shift_recorder(state.model.layout)
-    limits = limits_for(config, plan_inputs(state, ctx), hessians=method.options is not None)
+    limits = limits_for(config, plan_inputs(state, ctx), hessians=method.hessians)
     plan: QuantPlan = {}
     if ctx.world.rank == 0:
         plan = planned(config, state, ctx, method, limits)
@@ -385,27 +383,7 @@ def attach_store(state: RunState, ctx: RunContext) -> None:
     state.packed = PackedStore(ctx.stage_dir / "blocks", state.packed)
 
 
-def method_of(config: Any) -> Method:
-    """Read the quantization method off a stage config."""
-    from llmcompress.algorithms.gptq import GptqOptions
-    from llmcompress.stages.blockwise.block_solver import Method, RarePolicy
-
-    if not hasattr(config, "damp"):
-        return Method(None, config.grid, RarePolicy())
-    rare = config.rare_experts
-    policy = RarePolicy(
-        min_tokens=None if rare.min_tokens == "auto" else rare.min_tokens,
-        blend=rare.below == "blend",
-        affinity=rare.weighting == "affinity",
-    )
-    options = GptqOptions(
-        config.damp, config.act_order, config.static_groups, config.block, config.grid, config.refit_scales
-    )
-    ridge = None if config.targets == "own" else config.target_ridge
-    return Method(options, config.grid, policy, ridge, config.targets == "residual_stream")
-
-
-def planned(config: Any, state: RunState, ctx: RunContext, method: Method, limits: Limits) -> QuantPlan:
+def planned(config: QuantizerConfig, state: RunState, ctx: RunContext, method: Method, limits: Limits) -> QuantPlan:
     """The stage's plan; ``auto`` widths are measured once and kept in ``bits.json``."""
     from llmcompress.quant.rules import auto_units, resolve
 
@@ -420,7 +398,7 @@ def planned(config: Any, state: RunState, ctx: RunContext, method: Method, limit
         return resolve(rules, layout, json.loads(path.read_text()))
     from llmcompress.stages.blockwise.bit_measurement import choose_widths
 
-    chosen = choose_widths(units, state, ctx, second_order=method.options is not None, limits=limits)
+    chosen = choose_widths(units, state, ctx, second_order=method.hessians, limits=limits)
     write_durably(path, json.dumps(chosen, sort_keys=True).encode())
     return resolve(rules, layout, chosen)
 

@@ -202,9 +202,9 @@ class PooledSolver(BlockSolver):
             if layer is not None:
                 hessian = blend_rare(hessian, gram.tokens, layer, self.rare.needed(hessian.shape[-1]))
         use = None if hessian is None else [usable]
-        codes, scale, zero, _, above, below = self._solve(weights, hessian, spec, use, None)
-        packed = int_group.encode(codes.cpu(), scale.cpu(), cpu(zero), spec)
-        return packed, float(above.sum()), float(below.sum())
+        solved = self._solve(weights, hessian, spec, use, None)
+        packed = int_group.encode(solved.codes.cpu(), solved.scale.cpu(), cpu(solved.zero), spec)
+        return packed, float(solved.error.sum()), float(solved.energy.sum())
 
     def _collect(
         self, bank: ExpertBank, name: str, experts: slice, spec: QuantSpec, owners: list[int],

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
-from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage
+from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
+from llmcompress.stages.blockwise.rules import RulesField
 
 if TYPE_CHECKING:
     from llmcompress.models.layout import ModelLayout
+    from llmcompress.stages.blockwise.method import Method
     from llmcompress.stages.state import RunContext, RunState
 
 
@@ -23,13 +26,24 @@ class BlockStage(Stage):
         attach_store(state, ctx)
 
 
+class QuantizerConfig(StageConfig):
+    """Recipe section of a stage that quantizes by rules."""
+
+    rules: RulesField
+    """Which weights are quantized and how; the first matching rule decides."""
+
+    @abstractmethod
+    def method(self) -> Method:
+        """How the weights that the rules choose get their codes."""
+
+
 class Quantizer(BlockStage):
     """Rounds the weights that its ``rules`` choose, each block with the activations of the quantized ones before it."""
 
     distributed = True
     consumes = frozenset({Kind.MODEL, Kind.CALIBRATION})
     hessians: ClassVar[bool] = True
-    """Whether it collects statistics of activations."""
+    """Whether it collects statistics of activations: as its config's method does, which estimates cannot load."""
 
     def check(self, layout: ModelLayout) -> list[str]:
         """Rules that match nothing."""

@@ -13,8 +13,8 @@ from llmcompress.algorithms.router_calibration import RouterUpdate
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.quant.codecs.int_group import decode, unpack_parts
 from llmcompress.quant.store import PackedStore
-from llmcompress.stages.blockwise.block_solver import Method, RarePolicy
 from llmcompress.stages.blockwise.engine import BlockwiseQuantizer, run_blockwise
+from llmcompress.stages.blockwise.method import Nearest
 from llmcompress.stages.gptq import GptqConfig
 from llmcompress.stages.rtn import RtnConfig
 
@@ -253,7 +253,7 @@ def test_router_hook_without_any_quantization(tiny: Any, tmp_path: Path) -> None
     state = tiny.state(tmp_path / "model", "mixtral")
     hook, ctx = Doubling(), tiny.context(tmp_path)
     store = PackedStore(ctx.stage_dir / "blocks")
-    method = Method(None, "minmax", RarePolicy())
+    method = Nearest()
     BlockwiseQuantizer(state.model, {}, method, store, ctx, calibration=state.calibration, hook=hook).run()
     assert hook.calls == [("observe", 0), ("calibrate", 0), ("observe", 1), ("calibrate", 1)]
     assert torch.equal(hook.inputs["full0"], hook.inputs["quantized0"])
