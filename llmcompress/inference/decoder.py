@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import isnan, nan
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -195,7 +196,7 @@ def assembled(
         embedding=ends[0][0],
         head=ends[0][1],
         latents=latents,
-        epsilon=next(float(getattr(config, key)) for key in EPSILONS if getattr(config, key, None) is not None),
+        epsilon=next(given for key in EPSILONS if not isnan(given := number_of(config, key, nan))),
         attention_scale=scale_of(attention),
         routing=routing,
         embedding_scale=embedding_scale,

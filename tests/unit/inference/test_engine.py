@@ -195,12 +195,14 @@ def test_other_forms_of_these_families(decoders: Any, ids: torch.Tensor, family:
 
 @pytest.mark.parametrize(("key", "value"), [
     ("final_logit_softcapping", 0.5), ("logits_scaling", 4.0), ("logit_scale", 3.0), ("embedding_multiplier", 5.0),
-    ("residual_multiplier", 0.2), ("mup_enabled", True),
+    ("residual_multiplier", 0.2), ("mup_enabled", True), ("rms_norm_eps", 0.5),
 ])  # fmt: skip
 def test_numbers_that_a_family_does_not_know_change_nothing(
     decoders: Any, ids: torch.Tensor, key: str, value: float
 ) -> None:
-    model, tokens = decoders.packed("laguna", 4, **{key: value}), ids[:12]
+    # a family with LayerNorm for the name that those with RMSNorm have
+    family = "stablelm" if key == "rms_norm_eps" else "laguna"
+    model, tokens = decoders.packed(family, 4, **{key: value}), ids[:12]
     assert getattr(model.config, key) == value
     assert worst(Engine(model, positions=16), tokens, reference(model, tokens), 5) < EXACT
 
