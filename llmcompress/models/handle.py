@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# what comes out of transformers where a value is of another type, size or kind than it reckons with
+_REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class ModelHandle:
@@ -230,7 +232,7 @@ def transformers_config(folder: Path) -> PretrainedConfig:
 
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+    except (OSError, StrictDataclassError, *_REFUSALS) as error:
         raise InputError(f"{folder}/config.json: transformers rejects it: {_reason(error)}") from error
     return config
 
@@ -253,7 +255,7 @@ def generation_settings(folder: Path) -> GenerationConfig:
         return GenerationConfig.from_model_config(transformers_config(folder))
     try:
         return GenerationConfig.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, *_REFUSALS) as error:
         raise InputError(f"{path}: cannot be read: {first_line(error)}", "correct it, or remove it") from error
 
 
@@ -274,7 +276,7 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation)
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except _REFUSALS as error:
         place = f"{config.name_or_path}/config.json" if config.name_or_path else "config.json"
         raise InputError(f"{place}: transformers cannot build its modules: {_reason(error)}") from error
     result: PreTrainedModel = model.eval()

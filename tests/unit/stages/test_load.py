@@ -57,6 +57,10 @@ def test_nan_weights_are_refused_unless_told_otherwise(tmp_path, tiny_folder):
         ("dtype", "floaty"),
         ("pad_token_id", 10**6),
         ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": "a"}),
+        (
+            "rope_parameters",
+            {"rope_type": "yarn", "rope_theta": 1e4, "original_max_position_embeddings": 0, "factor": 0},
+        ),
     ],
 )
 def test_a_config_that_transformers_cannot_use_is_refused_by_the_first_stage(tmp_path, tiny_folder, key, value):
