@@ -28,10 +28,15 @@ if TYPE_CHECKING:
 
 HELD_OUT = "asset:text/heldout.jsonl.gz"
 
+LENGTH = 512
+
 FieldOption = Annotated[
-    str, typer.Option("--field", metavar="NAME", help="Field of a row that holds the text; chats need none.")
+    str | None,
+    typer.Option(
+        "--field", metavar="NAME", help="Field of a row that holds the text; chats need none.  [default: text]"
+    ),
 ]
-LengthOption = Annotated[int, typer.Option("--length", min=2, help="Tokens in a window.")]
+LengthOption = Annotated[int | None, typer.Option("--length", min=2, help=f"Tokens in a window.  [default: {LENGTH}]")]
 CsvOption = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Also write all figures as CSV.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="Type of dense weights: auto, float32, bfloat16 or float16.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="Device: auto, cpu or cuda.")]
@@ -70,8 +75,8 @@ class Measured:
         list[str] | None,
         typer.Option("--text", metavar="FILE", help="Text (.txt, .jsonl, .parquet) for perplexity; may be repeated."),
     ] = None
-    field: FieldOption = "text"
-    length: LengthOption = 512
+    field: FieldOption = None
+    length: LengthOption = None
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", min=2, help="Use only the first tokens of each text.")
     ] = None
@@ -120,13 +125,13 @@ class Measured:
             "fewshot_as_multiturn": self.fewshot_as_multiturn, "system_instruction": self.system_instruction,
         }  # fmt: skip
         return {
-            "text": self.text, "max_tokens": self.max_tokens, "task": self.task, "tasks_dir": self.tasks_dir,
-            "limit": self.limit, **{name: value for name, value in asking.items() if value is not None},
+            "text": self.text, "field": self.field, "length": self.length, "max_tokens": self.max_tokens,
+            "task": self.task, "tasks_dir": self.tasks_dir, "limit": self.limit, **{name: value for name, value in asking.items() if value is not None},
         }  # fmt: skip
 
     def config(self, fidelity: bool = False) -> EvaluateConfig:
         """The section that these options describe; ``fidelity`` as :func:`settings` has it."""
-        return settings(length=self.length, field=self.field, fidelity=fidelity, **self.chosen())
+        return settings(fidelity=fidelity, **self.chosen())
 
 
 def register(app: typer.Typer) -> None:
@@ -182,7 +187,8 @@ def compare(
     limits = [*_limits("max_rel_increase", max_rel_increase), *_limits("max_abs_drop", max_abs_drop)]
     runs = [RunDir(Path(name)).is_run() for name in (first, second)]
     if all(runs):
-        _refuse_idle("two runs are compared by what they recorded", measured.chosen())
+        placed = {name: None if value == "auto" else value for name, value in (("dtype", dtype), ("device", device))}
+        _refuse_idle("two runs are compared by what they recorded", {**measured.chosen(), **placed})
         _compare_runs(out, Path(first), Path(second), limits, csv)
         return
     config = measured.config(fidelity=True)
@@ -321,8 +327,8 @@ def _require(judged: list[dict[str, Any]]) -> None:
 def settings(
     text: list[str] | None,
     *,
-    length: int,
-    field: str,
+    length: int | None = None,
+    field: str | None = None,
     max_tokens: int | None = None,
     task: list[str] | None = None,
     tasks_dir: str | None = None,
@@ -333,16 +339,19 @@ def settings(
     """An evaluate section from command-line options; the shipped held-out text where neither text nor task is named.
 
     Raises:
-        UsageError: Options of a task without one.
+        UsageError: Options of a task without one, of texts without one, or a field of none that has rows.
     """
     from llmcompress.stages.evaluate import EvaluateConfig
 
     if not task:
         _refuse_idle("no --task is named", {"tasks_dir": tasks_dir, "limit": limit, **asking})
     files = text or ([] if task else [HELD_OUT])
-    texts = {
-        _name(file, files): {"source": source(file, field), "template": "auto", "length": length} for file in files
-    }
+    if not files:
+        _refuse_idle("only tasks are named", {"field": field, "length": length, "max_tokens": max_tokens})
+    sources = {_name(file, files): source(file, field or "text") for file in files}
+    if not any("field" in section for section in sources.values()):
+        _refuse_idle("a plain text has no fields", {"field": field})
+    texts = {name: {"source": s, "template": "auto", "length": length or LENGTH} for name, s in sources.items()}
     perplexity = {name: {**section, "max_tokens": max_tokens} for name, section in texts.items()}
     section: dict[str, Any] = {
         "type": "evaluate", "perplexity": perplexity, "tasks_dir": tasks_dir, "limit": limit,

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmcompress.cli.command import command
-from llmcompress.cli.evaluate import DeviceOption, DtypeOption, FieldOption, LengthOption, ModelArgument, settings
+from llmcompress.cli.evaluate import (
+    LENGTH,
+    DeviceOption,
+    DtypeOption,
+    FieldOption,
+    LengthOption,
+    ModelArgument,
+    settings,
+)
 from llmcompress.cli.output import Output, table
 from llmcompress.errors import InputError
 from llmcompress.models.paths import model_folder
@@ -38,8 +46,8 @@ def experts(
     out: Output,
     path: ModelArgument,
     text: TextOption = None,
-    field: FieldOption = "text",
-    length: LengthOption = 512,
+    field: FieldOption = None,
+    length: LengthOption = None,
     samples: SamplesOption = 64,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -55,6 +63,7 @@ def experts(
     from llmcompress.evaluation.measure import prepare
     from llmcompress.models.registry import layout_from_config
 
+    length = length or LENGTH
     config = settings(text or SHIPPED, length=length, field=field)
     model_folder(path)
     out.note(f"loading {path}")
