@@ -126,7 +126,8 @@ class Measured:
         }  # fmt: skip
         return {
             "text": self.text, "field": self.field, "length": self.length, "max_tokens": self.max_tokens,
-            "task": self.task, "tasks_dir": self.tasks_dir, "limit": self.limit, **{name: value for name, value in asking.items() if value is not None},
+            "task": self.task, "tasks_dir": self.tasks_dir, "limit": self.limit,
+            **{name: value for name, value in asking.items() if value is not None},
         }  # fmt: skip
 
     def config(self, fidelity: bool = False) -> EvaluateConfig:

@@ -17,7 +17,7 @@ from llmcompress.cli.command import command
 from llmcompress.cli.look_ahead import require_sound
 from llmcompress.cli.output import Output, table
 from llmcompress.cli.run import RecipeArgument, figure, load_job, quoted
-from llmcompress.errors import ExitCode, GateFailed, LLMCompressError, UsageError
+from llmcompress.errors import ExitCode, GateFailed, LLMCompressError, UsageError, command_line
 from llmcompress.units import bytes_text
 
 if TYPE_CHECKING:
@@ -68,18 +68,24 @@ def sweep(
     name = _loaded(recipe, fixed, combinations(axes, Path())[0]).recipe.name
     root = folder or Path("runs") / f"sweep-{name}"
     runs = combinations(axes, root)
-    # a wrong value is known before the first run has taken an hour
-    loaded = [_loaded(recipe, fixed, run) for run in runs]
-    if metric is not None:
-        _require_metric(loaded, metric)
-    _look_ahead([(run, found) for run, found in zip(runs, loaded) if not run.finished], root, out)
 
     def holds(run: SweepRun) -> bool:
         from llmcompress.pipeline.runner import Runner, RunOptions
 
         return Runner(load_job(recipe, _words(fixed, run)), RunOptions()).up_to_date()
 
-    results = Sweep(recipe, fixed, runs, root, jobs, out.note, holds).execute()
+    again = ["sweep", recipe, *(settings or []), "--dir", root, *(["--jobs", jobs] if jobs > 1 else [])]
+    again += ["--metric", metric] if metric is not None else []
+    asked = Sweep(recipe, fixed, runs, root, jobs, out.note, holds, command_line(*again))
+    asked.join()
+    # a wrong value is known before the first run has taken an hour
+    loaded = {
+        run.name: _loaded(recipe, fixed, run, run.values not in [own.values for own in runs]) for run in asked.runs
+    }
+    if metric is not None:
+        _require_metric(list(loaded.values()), metric)
+    _look_ahead([(run, loaded[run.name]) for run in asked.pending()], root, jobs, out)
+    results = asked.execute()
     chosen = _quality(results, metric)
     if metric is not None and chosen not in (metric, None):
         out.warning(f"--metric {metric}: no run has measured it, the table shows {chosen}")
@@ -97,24 +103,32 @@ def _words(fixed: Sequence[str], run: SweepRun) -> list[str]:
     return [*fixed, *(f"{key}={value}" for key, value in run.values.items()), f"run.dir={quoted(str(run.folder))}"]
 
 
-def _loaded(recipe: str, fixed: Sequence[str], run: SweepRun) -> LoadedRecipe:
+def _loaded(recipe: str, fixed: Sequence[str], run: SweepRun, earlier: bool = False) -> LoadedRecipe:
+    """The recipe of one run; ``earlier``: of an earlier command of this sweep, which this one has not named."""
     from llmcompress.recipe.load import load_recipe
 
-    return load_recipe(recipe, _words(fixed, run))
+    try:
+        return load_recipe(recipe, _words(fixed, run))
+    except LLMCompressError as error:
+        if earlier:
+            error.message = f"{run.name}, which this sweep has from an earlier command:\n{error.message}"
+            error.hint = f"{error.hint}\nor another --dir" if error.hint else "choose another --dir"
+        raise
 
 
-def _look_ahead(pending: Sequence[tuple[SweepRun, LoadedRecipe]], root: Path, out: Output) -> None:
+def _look_ahead(pending: Sequence[tuple[SweepRun, LoadedRecipe]], root: Path, jobs: int, out: Output) -> None:
     """Refuse a sweep of which a run could never finish; otherwise that run says so after hours of others.
 
     Args:
-        pending: Runs that have not finished, with their recipes.
+        pending: Runs that are still to be done, with their recipes.
         root: The sweep's folder.
+        jobs: Runs at the same time.
         out: Where remarks go.
 
     Raises:
         LLMCompressError: With the exit code of the first such run, and all of them.
     """
-    from llmcompress.pipeline.preflight import ANYWAY, Extent, preflight, short_together
+    from llmcompress.pipeline.preflight import Extent, Ways, preflight, require_memory_together, short_together
 
     sound, lost = [], []
     for run, loaded in pending:
@@ -127,13 +141,12 @@ def _look_ahead(pending: Sequence[tuple[SweepRun, LoadedRecipe]], root: Path, ou
     notes: dict[str, None] = {}
     for run, loaded, predicted, config in sound:
         try:
-            notes |= dict.fromkeys(preflight(loaded, predicted, config, Extent()))
+            notes |= dict.fromkeys(preflight(loaded, predicted, config, Extent(), Ways("--dir FOLDER", anyway="")))
         except LLMCompressError as error:  # of this machine: the next runs would most likely say the same
-            lines = (error.hint or "").replace(f"; {ANYWAY}", "").replace("run.dir=FOLDER", "--dir FOLDER").splitlines()
-            # an option of run, which a sweep has not
-            error.hint = "\n".join(line for line in lines if ANYWAY not in line)
             raise _refusal([(run.name, error)], len(pending)) from error
-    for note in (*notes, *short_together(root, [(loaded, predicted) for _, loaded, predicted, _ in sound])):
+    needs = [(loaded, predicted, config) for _, loaded, predicted, config in sound]
+    crowded = require_memory_together(needs, jobs)
+    for note in (*notes, *crowded, *short_together(root, [(loaded, predicted) for _, loaded, predicted, _ in sound])):
         out.warning(note)
 
 

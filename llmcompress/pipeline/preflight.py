@@ -27,7 +27,23 @@ if TYPE_CHECKING:
     from llmcompress.pipeline.estimate import Plan
     from llmcompress.recipe.load import LoadedRecipe
 
-ANYWAY = "--no-preflight begins all the same"
+
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """What a command offers where this machine has not enough, in its own words.
+
+    Attributes:
+        folder: How another folder is given.
+        anyway: How it begins all the same; empty where it never does.
+    """
+
+    folder: str = "run.dir=FOLDER"
+    anyway: str = "--no-preflight begins all the same"
+
+    def numbered(self, *lines: str) -> str:
+        """Next steps, a line each."""
+        offered = [*lines, self.anyway] if self.anyway else lines
+        return "\n".join(f"{number}. {text}" for number, text in enumerate(offered, 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +92,7 @@ class Extent:
 
 
 def preflight(
-    loaded: LoadedRecipe, predicted: Plan, config: Mapping[str, Any], extent: Extent | None = None
+    loaded: LoadedRecipe, predicted: Plan, config: Mapping[str, Any], extent: Extent | None = None, ways: Ways = Ways()
 ) -> list[str]:
     """Hold a prediction against this machine, and look for data that no cache holds and no network brings.
 
@@ -85,6 +101,7 @@ def preflight(
         predicted: What all of it needs on one process.
         config: The model's ``config.json``.
         extent: What of it will run, in how many processes; by default all, in one.
+        ways: What the command offers, for next steps.
 
     Returns:
         Remarks: memory that is there, but in use now.
@@ -99,17 +116,16 @@ def preflight(
     require_companions(loaded, extent.reached(loaded))
     require_packages(loaded, pending)
     require_rows(loaded, pending)
-    require_data(loaded, pending)
+    require_data(loaded, pending, ways)
     # what finished stages have written is looked for in the folder
     if disks := _short_disks(loaded, predicted, extent.names(loaded), extent.force):
-        raise ResourceError(
-            "\n".join(disks), _ways(predicted, "host.disk", "free some space, or run.dir=FOLDER on another disk")
-        )
+        room = f"free some space, or {ways.folder} on another disk"
+        raise ResourceError("\n".join(disks), ways.numbered(*predicted.suggest("host.disk"), room))
     here = on_machine(predicted, loaded, config, pending, extent.processes)
     if memory := _short_memory(loaded, here):
         fewer = ["--nproc with fewer processes"] if extent.processes > 1 else []
-        raise ResourceError(memory, _ways(here, "host.ram", *fewer, "a machine with more memory"))
-    return [*_memory_in_use(here), *_gpu_memory(loaded, here)]
+        raise ResourceError(memory, ways.numbered(*here.suggest("host.ram"), *fewer, "a machine with more memory"))
+    return [*_memory_in_use(here), *_gpu_memory(loaded, here, ways)]
 
 
 def shortfalls(loaded: LoadedRecipe, predicted: Plan) -> list[str]:
@@ -220,12 +236,13 @@ def text_sources(section: Any, template: Any = "auto") -> Iterator[tuple[JsonlSo
             yield from text_sources(part, template)
 
 
-def require_data(loaded: LoadedRecipe, names: Collection[str]) -> None:
+def require_data(loaded: LoadedRecipe, names: Collection[str], ways: Ways = Ways()) -> None:
     """Refuse stages that name data of the hub which is in no cache while the hub is silent.
 
     Args:
         loaded: The recipe.
         names: The stages.
+        ways: What the command offers, for the next step.
 
     Raises:
         InputError: With a line for each.
@@ -249,9 +266,8 @@ def require_data(loaded: LoadedRecipe, names: Collection[str]) -> None:
     own = [f"{path}=FILE" for path, name in named.items() if name in lost]
     asking = dict.fromkeys(what.partition(": task ")[0] for what in told if ": task " in what)
     own += [f"{stage}.tasks_dir=FOLDER (or tasks=[])" for stage in asking]
-    raise InputError(
-        "\n".join(told), f"fetch it on a machine with a network, or name files of your own: {' '.join(own)}; {ANYWAY}"
-    )
+    step = f"fetch it on a machine with a network, or name files of your own: {' '.join(own)}"
+    raise InputError("\n".join(told), "; ".join(filter(None, (step, ways.anyway))))
 
 
 def hub_sources(data: Any, path: str) -> Iterator[tuple[str, str]]:
@@ -311,6 +327,35 @@ def short_together(root: Path, runs: Sequence[tuple[LoadedRecipe, Plan]]) -> lis
     return [f"{root}: all runs together write {bytes_text(needed)}, {bytes_text(usage.free)} are free on this disk"]
 
 
+def require_memory_together(runs: Sequence[tuple[LoadedRecipe, Plan, Mapping[str, Any]]], jobs: int) -> list[str]:
+    """Hold what runs take at the same time against this machine's memory.
+
+    Args:
+        runs: Those that are to run: recipe, what it needs in one process, the model's ``config.json``.
+        jobs: How many at a time.
+
+    Returns:
+        Remarks: memory that is there, but in use now.
+
+    Raises:
+        ResourceError: The largest of them do not fit together.
+    """
+    from llmcompress.models.memory_limits import available_ram
+
+    needs = sorted(
+        (on_machine(plan, loaded, config, Extent().pending(loaded), 1).ram for loaded, plan, config in runs),
+        reverse=True,
+    )[:jobs]
+    if len(needs) < 2:
+        return []
+    needed = sum(needs)
+    said = f"--jobs {jobs}: {len(needs)} runs at the same time take {bytes_text(needed)} of memory"
+    if needed > (there := _memory_here()):
+        fit = max((count for count in range(1, len(needs)) if sum(needs[:count]) <= there), default=1)
+        raise ResourceError(f"{said}, this machine has {bytes_text(there)}", f"--jobs {fit}")
+    return [f"{said}, {bytes_text(free)} are free"] if needed > (free := available_ram()) else []
+
+
 def _export_folders(config: Any, run: Path) -> list[Path]:
     """Where an export writes: its artifact, other formats beside it, and what is left of unfinished ones."""
     base = Path(getattr(config, "dir", None) or run / "artifact")
@@ -336,17 +381,21 @@ def _held(*folders: Path) -> int:
 
 def _short_memory(loaded: LoadedRecipe, predicted: Plan) -> str:
     """A line where the machine has less memory than is needed; with a budget the recipe itself says what it takes."""
-    import psutil
-
-    from llmcompress.models.memory_limits import total_ram
-
-    there = total_ram() + psutil.swap_memory().total
+    there = _memory_here()
     if predicted.ram <= there or loaded.recipe.host.ram is not None:
         return ""
     return (
         f"{bytes_text(predicted.ram)} of memory are needed in stage {predicted.worst('ram')}, "
         f"this machine has {bytes_text(there)}"
     )
+
+
+def _memory_here() -> int:
+    import psutil
+
+    from llmcompress.models.memory_limits import total_ram
+
+    return total_ram() + psutil.swap_memory().total
 
 
 def _memory_in_use(predicted: Plan) -> Iterator[str]:
@@ -359,7 +408,7 @@ def _memory_in_use(predicted: Plan) -> Iterator[str]:
         )
 
 
-def _gpu_memory(loaded: LoadedRecipe, predicted: Plan) -> Iterator[str]:
+def _gpu_memory(loaded: LoadedRecipe, predicted: Plan, ways: Ways) -> Iterator[str]:
     if predicted.device != "cuda" or resolve_device(loaded.recipe.run.device) != "cuda":
         return
     import torch
@@ -369,13 +418,7 @@ def _gpu_memory(loaded: LoadedRecipe, predicted: Plan) -> Iterator[str]:
         raise ResourceError(
             f"{bytes_text(predicted.vram)} of GPU memory are needed in stage {predicted.worst('vram')}, "
             f"the GPU has {bytes_text(total)}",
-            _ways(predicted, "device.vram", "a larger GPU"),
+            ways.numbered(*predicted.suggest("device.vram"), "a larger GPU"),
         )
     if predicted.vram > free:
         yield f"{bytes_text(free)} of the GPU's memory are free, {bytes_text(predicted.vram)} are needed"
-
-
-def _ways(predicted: Plan, resource: str, *others: str) -> str:
-    """Next steps where a resource is short, a line each."""
-    lines = [*predicted.suggest(resource), *others, ANYWAY]
-    return "\n".join(f"{number}. {text}" for number, text in enumerate(lines, 1))

@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.durable import write_durably
-from llmcompress.errors import InputError, Interrupted, UsageError
+from llmcompress.errors import InputError, Interrupted, UsageError, command_line
 from llmcompress.pipeline.device import usable_cores
 from llmcompress.pipeline.run_dir import RunDir, RunLock
 
@@ -174,7 +173,8 @@ class Sweep:
         jobs: Runs at a time.
         tell: Receives a line when a run begins or ends.
         holds: Whether a finished run is of the recipe, model and texts as they are now; others are run again, and
-            keep, redo or refuse what an ordinary ``run`` does.
+            keep, redo or refuse what an ordinary ``run`` does. Asked once of a run.
+        again: The command that goes on after a stop.
     """
 
     def __init__(
@@ -186,9 +186,11 @@ class Sweep:
         jobs: int,
         tell: Callable[[str], None],
         holds: Callable[[SweepRun], bool] = lambda _: True,
+        again: str = "",
     ) -> None:
         self.recipe, self.fixed, self.runs, self.folder = recipe, list(fixed), list(runs), folder
-        self.jobs, self.tell, self.holds = max(1, jobs), tell, holds
+        self.jobs, self.tell, self.holds, self.again = max(1, jobs), tell, holds, again
+        self._held: dict[str, bool] = {}
         self._children: set[subprocess.Popen[str]] = set()
         self._guard = threading.Lock()
         self._stopped = False
@@ -204,7 +206,7 @@ class Sweep:
         self.folder.mkdir(parents=True, exist_ok=True)
         with RunLock(self.folder, "choose another --dir"), self._listening():
             self._claim()
-            pending = [run for run in self.runs if not (run.finished and self.holds(run))]
+            pending = self.pending()
             if len(pending) < len(self.runs):
                 self.tell(f"{len(self.runs) - len(pending)} of {len(self.runs)} runs are finished already")
             codes: dict[str, tuple[int, str]] = {}
@@ -212,15 +214,28 @@ class Sweep:
                 for run, outcome in zip(pending, pool.map(self._one, pending)):
                     codes[run.name] = outcome
             if self._stopped:
-                again = f"llmcompress sweep {self.recipe} … --dir {shlex.quote(str(self.folder))}"
+                again = self.again or command_line("sweep", self.recipe, "…", "--dir", self.folder)
                 raise Interrupted("the sweep was stopped; finished runs and blocks are kept", again)
             return [result_of(run, *codes.get(run.name, (0, ""))) for run in self.runs]
 
-    def _claim(self) -> None:
-        """Write the manifest, or see that the one there is of the same sweep."""
+    def pending(self) -> list[SweepRun]:
+        """Those of its runs that are still to be done: not finished, or finished by other recipes, models or texts."""
+        finished = [run for run in self.runs if run.finished]
+        self._held |= {run.name: self.holds(run) for run in finished if run.name not in self._held}
+        held = {run.name for run in finished if self._held[run.name]}
+        return [run for run in self.runs if run.name not in held]
+
+    def join(self) -> None:
+        """Take in the runs that an earlier sweep of this folder has named. Only reads.
+
+        More values may be added to a sweep; none may be lost from its table.
+
+        Raises:
+            UsageError: The folder holds another sweep.
+            InputError: Its manifest is damaged.
+        """
         path = self.folder / MANIFEST
         runs: dict[str, dict[str, str]] = {}
-        manifest: dict[str, Any] = {"format": FORMAT, "recipe": self.recipe, "fixed": self.fixed, "runs": runs}
         if path.exists():
             try:
                 before = json.loads(path.read_text(encoding="utf-8"))
@@ -228,7 +243,6 @@ class Sweep:
                 raise InputError(f"{path}: damaged ({error})", "delete it and start the sweep again") from error
             if {k: before.get(k) for k in ("recipe", "fixed")} != {"recipe": self.recipe, "fixed": self.fixed}:
                 raise UsageError(f"{self.folder}: holds a sweep with other settings", "choose another --dir")
-            # more values may be added to a sweep; none may be lost from its table
             runs.update(before.get("runs", {}))
         for run in self.runs:
             # a run is known by what it sets: beside values that read alike in a folder's name it is called otherwise
@@ -236,7 +250,13 @@ class Sweep:
                 names = itertools.chain([run.name], (f"{n:03d},{run.name}" for n in itertools.count()))
                 runs[next(name for name in names if name not in runs)] = run.values
         self.runs = [SweepRun(name, values, self.folder / name) for name, values in runs.items()]
-        write_durably(path, json.dumps(manifest, indent=1).encode())
+
+    def _claim(self) -> None:
+        """Write the manifest, after what the one there says."""
+        self.join()
+        runs = {run.name: run.values for run in self.runs}
+        manifest = {"format": FORMAT, "recipe": self.recipe, "fixed": self.fixed, "runs": runs}
+        write_durably(self.folder / MANIFEST, json.dumps(manifest, indent=1).encode())
 
     def _one(self, run: SweepRun) -> tuple[int, str]:
         """Run one in a process of its own; exit code and what it said."""

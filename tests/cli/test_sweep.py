@@ -128,6 +128,67 @@ def test_runs_that_can_never_be_are_refused_before_the_first(
     assert not (tmp_path / "s").exists()
 
 
+def test_runs_of_earlier_commands_are_looked_at_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Sweep, "execute", lambda self: pytest.fail("a run began"))
+    root, bits = tmp_path / "s", "stages.quantize.rules.experts.bits"
+    words = ["sweep", "smoke/rtn_tiny", f"{bits}=4,8", "--dir", str(root)]
+    # one that has not finished, and one that is marked so but holds nothing of this recipe
+    for number, status in (("3", "running"), ("2", "finished")):
+        folder = root / f"bits={number}"
+        folder.mkdir(parents=True)
+        record = {"name": "t", "status": status, "device": "cpu", "dtype": "float32", "threads": 1, "version": 1}
+        (folder / "run.json").write_text(json.dumps({**record, "root": {}, "stages": []}))
+        manifest = {"format": 1, "recipe": "smoke/rtn_tiny", "fixed": [], "runs": {folder.name: {bits: number}}}
+        (root / "sweep.json").write_text(json.dumps(manifest))
+        assert invoke(words) == 7
+        assert f"bits={number}: stages.export" in capsys.readouterr().err
+    # one that this recipe no longer knows: it is said whose it is
+    manifest["runs"] = {"bots=2": {"stages.quantize.rules.experts.bots": "2"}}
+    (root / "sweep.json").write_text(json.dumps(manifest))
+    assert invoke(words) == 3
+    said = capsys.readouterr().err
+    assert "bots=2, which this sweep has from an earlier command" in said and "or another --dir" in said
+
+
+def test_runs_that_do_not_fit_together_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from llmcompress.models import memory_limits
+    from llmcompress.recipe.load import load_recipe
+
+    monkeypatch.setattr(Sweep, "execute", lambda self: pytest.fail("a run began"))
+    predicted, _ = require_sound(load_recipe("smoke/rtn_tiny", []))
+    monkeypatch.setattr(memory_limits, "total_ram", lambda: predicted.ram * 2)
+    monkeypatch.setattr("psutil.swap_memory", lambda: SimpleNamespace(total=0))
+    assert invoke(["sweep", "smoke/rtn_tiny", "run.seed=1,2,3", "--dir", str(tmp_path / "s"), "--jobs", "3"]) == 5
+    said = capsys.readouterr().err
+    assert "--jobs 3: 3 runs at the same time" in said and "next: --jobs 2" in said
+
+
+def test_what_goes_on_after_a_stop_is_the_whole_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shlex
+    import shutil
+
+    from llmcompress.errors import Interrupted
+    from llmcompress.recipe.catalog import find_recipe
+
+    def stopped(self: Sweep) -> list[RunResult]:
+        raise Interrupted("the sweep was stopped", self.again)
+
+    monkeypatch.setattr(Sweep, "execute", stopped)
+    recipe, folder = tmp_path / "my recipe.yaml", tmp_path / "a $folder"
+    words = ["sweep", str(recipe), "run.seed=1,2", "+vars.x=[1, 2]", "--dir", str(folder), "--jobs", "2"]
+    shutil.copytree(find_recipe("quickstart").parent / "base", tmp_path / "base")
+    recipe.write_text(find_recipe("quickstart").read_text())
+    assert invoke(words) == 130
+    line = capsys.readouterr().err.partition("next: ")[2]
+    assert shlex.split(line) == ["llmcompress", *words]
+
+
 def test_a_disk_that_holds_one_run_and_not_all_is_told(
     ended: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

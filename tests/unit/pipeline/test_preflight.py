@@ -172,6 +172,26 @@ def test_memory_too_small_is_refused_and_memory_in_use_is_named(
     assert all("are needed" in line for line in preflight(budget, plan(budget, config_of(budget))))
 
 
+def test_runs_at_the_same_time_need_the_memory_of_all_of_them(
+    known: tuple[LoadedRecipe, Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, predicted = known
+    runs = [(loaded, predicted, config_of(loaded))] * 3
+    machine(monkeypatch, ram=3 * predicted.ram, free=3 * predicted.ram)
+    assert module.require_memory_together(runs, 8) == []
+    machine(monkeypatch, ram=3 * predicted.ram, free=3 * predicted.ram - 1)
+    (remark,) = module.require_memory_together(runs, 8)
+    assert "--jobs 8: 3 runs at the same time" in remark and "are free" in remark
+    machine(monkeypatch, ram=3 * predicted.ram - 1)
+    assert module.require_memory_together(runs, 2) == module.require_memory_together(runs[:2], 8) == []
+    with pytest.raises(ResourceError, match=r"3 runs at the same time .* this machine has") as caught:
+        module.require_memory_together(runs, 8)
+    assert caught.value.hint == "--jobs 2"
+    # one after the other is asked for by each of them
+    machine(monkeypatch, ram=1)
+    assert module.require_memory_together(runs, 1) == module.require_memory_together(runs[:1], 8) == []
+
+
 def test_only_stages_that_will_run_need_room(known: tuple[LoadedRecipe, Plan], monkeypatch: pytest.MonkeyPatch) -> None:
     loaded, predicted = known
     ram, worst = {stage.name: stage.ram for stage in predicted.stages}, predicted.worst("ram")
