@@ -6,14 +6,16 @@
 
 Sizes are transformers' defaults of a family, those of a released model (Gemma-2-2B, Phi-3-mini, …), or those of a
 ``config.json``. Weights are random: speed does not depend on them. Three ways alternate sample by sample: the native
-engine, transformers' modules on the same packed weights, and transformers on bf16 ones. Embedding and head have their
-full size, whatever the number of layers. Cases measured before stay in the file.
+engine, transformers' modules on the same packed weights, and transformers on bf16 ones (not with ``--packed``, which
+saves most of the time). Embedding and head have their full size, whatever the number of layers. Cases measured before
+stay in the file, with the commit, changed sizes and CPU of each.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,13 +51,17 @@ def assignment(text: str) -> tuple[str, Any]:
 
 
 def candidates_of(family: str, options: argparse.Namespace) -> dict[str, speed.Candidate]:
-    """The three ways to run a family."""
+    """The ways to run a family."""
     packed = speed.random_packed(config_of(family, options), QuantSpec(options.bits, 64))
-    return {
-        "native": speed.native(open_engine(packed)),
-        "modules": speed.transformers(packed),
-        "bf16": speed.transformers(speed.dense_twin(packed)),
-    }
+    found = {"native": speed.native(open_engine(packed)), "modules": speed.transformers(packed)}
+    return found if options.packed else {**found, "bf16": speed.transformers(speed.dense_twin(packed))}
+
+
+def commit() -> str:
+    """The checkout's commit, with a plus where files differ from it."""
+    here = Path(__file__).parent
+    found = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True)
+    return found.stdout.strip()
 
 
 def main() -> int:
@@ -65,6 +71,7 @@ def main() -> int:
     parser.add_argument("--set", action="append", type=assignment, metavar="KEY=JSON", help="of the config")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--case", action="append", help="only this one; may be repeated")
+    parser.add_argument("--packed", action="store_true", help="leave bf16 out")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--budget", type=float, default=20.0, help="seconds per case")
     parser.add_argument("--threads", type=int, default=2)
@@ -77,6 +84,8 @@ def main() -> int:
     }  # fmt: skip
     if options.out is not None and options.out.is_file():
         told["families"] = json.loads(options.out.read_text())["families"]
+    measured = {"commit": commit(), "layers": options.layers, "set": dict(options.set or ())}
+    measured |= {"cpu": told["environment"]["cpu"], "isa": told["environment"]["isa"]}
     for given in options.families:
         family = Path(given).stem
         candidates = candidates_of(given, options)
@@ -84,6 +93,7 @@ def main() -> int:
             if options.case and case.name not in options.case:
                 continue
             found = speed.measure(candidates, [case], options.rounds, options.budget, options.threads)
+            found = [row | measured for row in found]
             for row in found:
                 rate = row["tokens_per_second"]
                 print(f"{family:<12} {row['case']:<24} {row['candidate']:<8} {rate:>8.1f} tokens/s", flush=True)

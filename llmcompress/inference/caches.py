@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import InputError
+from llmcompress.models.registry import layout_from_config
 
 if TYPE_CHECKING:
     from llmcompress_kernels.mamba2 import Carried
@@ -203,9 +204,10 @@ def empty_cache(model: PreTrainedModel) -> Any:
     """
     from transformers import DynamicCache
 
-    if model.config.model_type == "minimax":
+    if layout_from_config(model.config.to_dict()).decays:
         raise InputError(
-            "models of type minimax have a cache of their own, which only transformers' generate knows",
+            f"models of type {model.config.model_type} have a cache of their own, which only transformers' generate "
+            "knows",
             "use llmcompress generate",
         )
     return DynamicCache(config=model.config)
@@ -213,7 +215,7 @@ def empty_cache(model: PreTrainedModel) -> Any:
 
 def prompt_cache(model: PreTrainedModel) -> Any:
     """A cache of transformers that takes a whole prompt; of MiniMax-01 its own, which is read but not cut."""
-    if model.config.model_type != "minimax":
+    if not layout_from_config(model.config.to_dict()).decays:
         return empty_cache(model)
     from transformers.models.minimax.modeling_minimax import MiniMaxCache
 

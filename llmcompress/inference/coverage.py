@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llmcompress.models.registry import layout_from_config
+
 STATES = ("mamba2", "mamba", "falcon_mamba")
 HYBRIDS = ("bamba", "granitemoehybrid", "jamba", "lfm2", "lfm2_moe", "nemotron_h", "falcon_h1", "zamba2")
 # with delta rules or lightning attention in some layers (delta.py)
@@ -64,7 +66,7 @@ def decline_config(config: Mapping[str, Any]) -> str | None:
     reason = decline_family(family, activation_of(config), (*FAMILIES, *STATES, *HYBRIDS, *DELTAS))
     if reason is not None or family in STATES:
         return reason
-    if family == "minimax" and config.get("sliding_window"):
+    if family in DELTAS and config.get("sliding_window") and layout_from_config(config).decays:
         return f"layers without states see {config['sliding_window']} tokens alone (sliding_window)"
     return _decline_rotary(config) or _decline_columns(config) or _decline_attention(family, config)
 

@@ -21,7 +21,7 @@ from llmcompress.inference.coverage import (
 )
 from llmcompress.inference.latent import is_latent, latents_of
 from llmcompress.inference.rotary import table_of
-from llmcompress.inference.rules import is_lightning, rule_of
+from llmcompress.inference.rules import rule_of
 from llmcompress.inference.weights import (
     centres,
     linear_matrix,
@@ -104,9 +104,12 @@ def decoder_of(model: PreTrainedModel, head_bits: int | None = None) -> native.D
     factor = number_of(config, "logit_scale")
     last = _weights(final, config, members, layout.norm_adds_one) * factor, _norm_bias(final)
     modules = (
-        model.get_submodule(s.module) for block in layout.blocks for s in block.sublayers if s.kind == "attention"
+        model.get_submodule(s.module)
+        for block in layout.blocks
+        for s in block.sublayers
+        if s.kind == "attention" and not s.decays
     )
-    attention = next(module for module in modules if not is_lightning(module))
+    attention = next(modules)
     decoder = assembled(config, layers, last, attention, ends, routing, bool(members), scale)
     bank = next(iter(layout.banks.values()), None)
     if decoder.activation == "xielu":
@@ -296,7 +299,7 @@ def _layer(model: Any, block: Block, members: Sequence[str] = (), adds_one: bool
         rest = _experts(model, block, block.bank, config, members)
     window = window_of(config, block.index)
     scale = 1.0 if block.scale is None else float(_tensor(model, block.scale))
-    if first.kind == "ssm" or is_lightning(attention):
+    if first.kind == "ssm" or first.decays:
         head = rule_of(model, first.module)
     else:
         head = projections(attention, config, members, adds_one)

@@ -18,7 +18,7 @@ from llmcompress.inference.coverage import DELTAS, decline_config
 from llmcompress.inference.decoder import decoder_of
 from llmcompress.inference.engine import decline_anywhere, decline_module, decline_rest
 from llmcompress.inference.hybrid import HybridEngine
-from llmcompress.inference.rules import decline_rule, is_lightning
+from llmcompress.inference.rules import decline_rule
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn.mixers import runtime_of
 from llmcompress.nn.tree_linear import TreeLinear
@@ -48,12 +48,11 @@ def decline(model: PreTrainedModel) -> str | None:
 def _decline_layers(model: PreTrainedModel) -> str | None:
     low = runtime_of(model) is not None
     sublayers = [block.sublayers[0] for block in layout_from_config(model.config.to_dict()).blocks]
-    modules: dict[str, Any] = {sublayer.module: model.get_submodule(sublayer.module) for sublayer in sublayers}
-    rules = [s.module for s in sublayers if s.kind == "ssm" or is_lightning(modules[s.module])]
+    rules = [s.module for s in sublayers if s.kind == "ssm" or s.decays]
     if len(rules) == len(sublayers):
         return "none of its layers has attention"
     for name in rules:
-        reason = decline_rule(modules[name], low)
+        reason = decline_rule(model.get_submodule(name), low)
         if reason is not None:
             return f"{name}: {reason}"
     return None

@@ -17,7 +17,7 @@ from llmcompress.inference.weights import linear_matrix, norm_of
 from llmcompress.nn.mixers import runtime_of
 
 
-def is_lightning(module: Any) -> bool:
+def _is_lightning(module: Any) -> bool:
     """Whether a module is lightning attention (MiniMax-01)."""
     return hasattr(module, "slope_rate")
 
@@ -30,7 +30,7 @@ def sizes_of(module: Any) -> DeltaSizes:
     """
     if hasattr(module, "num_v_heads"):
         return DeltaSizes(module.num_v_heads, module.num_k_heads, module.head_k_dim, module.head_v_dim)
-    count = module.num_attention_heads if is_lightning(module) else module.num_heads
+    count = module.num_attention_heads if _is_lightning(module) else module.num_heads
     return DeltaSizes(count, count, module.head_dim, module.head_dim)
 
 
@@ -41,7 +41,7 @@ def decline_rule(module: Any, low: bool) -> str | None:
         module: As of :func:`sizes_of`.
         low: Whether states are kept in low bits.
     """
-    taps = None if is_lightning(module) else module.conv_kernel_size
+    taps = None if _is_lightning(module) else module.conv_kernel_size
     return sizes_of(module).decline(taps, low)
 
 
@@ -57,7 +57,7 @@ def rule_of(model: Any, name: str) -> dict[str, Any]:
     """
     module = model.get_submodule(name)
     found: dict[str, Any] = dict.fromkeys(("query", "key", "value"))
-    if is_lightning(module):
+    if _is_lightning(module):
         return found | _lightning(module)
     found["conv_weight"] = module.conv1d.weight.detach()[:, 0].float().mT.contiguous()
     if hasattr(module, "forget_gate"):

@@ -22,7 +22,7 @@ from llmcompress_kernels.build import BuildError
 from llmcompress.algorithms.grids import find_grid, round_codes
 from llmcompress.errors import InputError
 from llmcompress.inference import llamacpp_worker
-from llmcompress.inference.caches import arguments, empty_cache
+from llmcompress.inference.caches import arguments, prompt_cache
 from llmcompress.inference.native import NativeEngine
 from llmcompress.models.layout import Role
 from llmcompress.models.orientation import canonical
@@ -105,7 +105,7 @@ def transformers(model: Any) -> Candidate:
         @torch.inference_mode()
         def decode() -> None:
             if not held:
-                held.append(empty_cache(model))
+                held.append(prompt_cache(model))
                 prefill(**arguments(model, held[0], positions))
             word = ids[:, -1:]
             for step in range(case.steps):
@@ -114,7 +114,7 @@ def transformers(model: Any) -> Candidate:
                 word = out.logits[:, -1:].argmax(-1)
             # a state stands where it is: that costs the next sample as much
             for layer in held[0].layers:
-                if not hasattr(layer, "recurrent_states"):
+                if not hasattr(layer, "recurrent_states") and layer.get_seq_length():
                     layer.crop(-case.steps)
 
         return prefill if case.phase == "prefill" else decode

@@ -277,6 +277,7 @@ class Sublayer:
         handed: How many positions a token sees where an earlier layer tells this attention which; 0 for others.
         keeps: Where the normed input takes the place of the hidden states, what multiplies it before the output is
             added (MiniMax-01); None where these stay.
+        decays: Attention that keeps a state, which decays by constants, and no keys and values (MiniMax-01).
     """
 
     kind: Literal["attention", "mlp", "moe", "ssm"]
@@ -296,6 +297,7 @@ class Sublayer:
     beside: tuple[LinearView, ...] = ()
     handed: int = 0
     keeps: float | None = None
+    decays: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -450,6 +452,11 @@ class ModelLayout:
         Layers may be told by an earlier one which positions each token sees, which is not kept from block to block.
         """
         return min((s.handed for b in self.blocks for s in b.sublayers if s.handed), default=None)
+
+    @property
+    def decays(self) -> bool:
+        """Whether it has attention that keeps a state; transformers has a cache of its own kind for these families."""
+        return any(sublayer.decays for block in self.blocks for sublayer in block.sublayers)
 
     @property
     def banks(self) -> dict[str, ExpertBank]:

@@ -34,7 +34,7 @@ def _lightning(facts: Facts, layer: str) -> Part:
         "diagonal_decay": (1, heads, block, block),
     }
     constants = [TensorView(f"{module}.{name}", shape) for name, shape in shapes.items()]
-    sublayer = Sublayer("attention", module, f"{layer}.input_layernorm", None, groups)
+    sublayer = Sublayer("attention", module, f"{layer}.input_layernorm", None, groups, decays=True)
     return Part(sublayer, (*norm(f"{module}.norm", inner), *constants))
 
 

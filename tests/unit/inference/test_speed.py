@@ -59,6 +59,18 @@ def test_states_go_on_and_keys_are_taken_back(family: str, tiny: Any, monkeypatc
     assert [layer.get_seq_length() for layer in kept] == [9] * (1 if family == "granitemoehybrid" else 0)
 
 
+def test_a_cache_of_its_own_kind(decoders: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    plain, model = speed.prompt_cache, decoders.dense("minimax")
+    monkeypatch.setattr(speed, "prompt_cache", lambda model: made.append(plain(model)) or made[-1])
+    sample = speed.transformers(model)(CASES[1])
+    for _ in range(2):
+        sample()
+    (cache,) = made
+    kinds = model.config.layer_types
+    assert [layer.get_seq_length() for layer in cache.layers] == [9 * (kind == "full_attention") for kind in kinds]
+
+
 def test_dense_twin_has_the_shape_and_no_packed_weight(decoders: Any) -> None:
     model = decoders.packed("mixtral", 3)
     twin = speed.dense_twin(model)
