@@ -23,7 +23,8 @@ FAMILIES = (
     "exaone_moe", "solar_open", "flex_olmo", "hunyuan_v1_dense", "hunyuan_v1_moe", "granitemoe", "granitemoeshared",
     "helium", "cwm", "gpt_neox", "deepseek_v32", "glm_moe_dsa", "mellum", "hy_v3", "afmoe",
     "granite_swa", "granitemoe_swa", "gemma4_text", "llama4_text", "cohere2_moe", "apertus", "nanochat",
-    "gptj", "falcon", "mimo_v2_flash", "laguna",
+    "gptj", "falcon", "mimo_v2_flash", "laguna", "internlm3", "iquestcoder", "jais2", "hyperclovax", "olmo",
+    "vaultgemma", "youtu", "minicpm3",
 )  # fmt: skip
 # families whose heads may be turned in part, and those that turn columns side by side
 PARTIAL = (
@@ -36,6 +37,8 @@ NEIGHBOURS = ("glm", "glm4", "ernie4_5", "ernie4_5_moe", "helium", "llama4_text"
 # nothing; that norm heads once they are turned
 TWICE, TURNED_IN_WINDOWS = _COHERE, ("cohere2", "cohere2_moe", "exaone4", "exaone_moe")
 NORMS_LAST = ("hunyuan_v1_dense", "hunyuan_v1_moe", "nanochat")
+# whose latents have turned pairs half of their part apart, without saying so in a config
+HALVES_APART = ("minicpm3",)
 # whose tokens see what an indexer chooses
 INDEXED = ("deepseek_v32", "glm_moe_dsa")
 # what configs call the activations of gated MLPs, and what the engines do; layers with states know the first one
@@ -43,7 +46,7 @@ ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
     "relu2": "relu2", "xielu": "xielu",
 }  # fmt: skip
-_GEMMA = ("gemma", "gemma2", "gemma3_text", "gemma4_text")
+_GEMMA = ("gemma", "gemma2", "gemma3_text", "gemma4_text", "vaultgemma")
 # what configs of other families call it
 _CALLED = {
     "gptj": ("activation_function", "gelu_new"),

@@ -102,7 +102,8 @@ def decoder_of(model: PreTrainedModel, head_bits: int | None = None) -> native.D
     routing = routing_of(model, layout)
     final = final_norm_of(model)
     factor = number_of(config, "logit_scale")
-    last = _weights(final, config, members, layout.norm_adds_one) * factor, _norm_bias(final)
+    weight = _weights(final, config, members, layout.norm_adds_one)
+    last = weight * factor, _norm_bias(final, weight)
     modules = (
         model.get_submodule(s.module)
         for block in layout.blocks
@@ -110,7 +111,10 @@ def decoder_of(model: PreTrainedModel, head_bits: int | None = None) -> native.D
         if s.kind == "attention" and not s.decays
     )
     attention = next(modules)
-    decoder = assembled(config, layers, last, attention, ends, routing, bool(members), scale)
+    # where normed inputs take the place of hidden states, each layer has factors of its own
+    first = layout.blocks[0].sublayers[0]
+    adds = first.output_scale if first.keeps is None else 1.0
+    decoder = assembled(config, layers, last, attention, ends, routing, bool(members), (scale, adds))
     bank = next(iter(layout.banks.values()), None)
     if decoder.activation == "xielu":
         bent = xielu_of(model, layout.blocks[0])
@@ -144,6 +148,12 @@ def _embedding_scale(words: Any, config: Any) -> float:
     return own * root * number_of(config, "embedding_multiplier")
 
 
+def _logits_factor(config: Any) -> float:
+    """Factor of logits that Granite and others call a divisor, and HyperCLOVA X a factor."""
+    given = number_of(config, "logits_scaling")
+    return given if config.model_type == "hyperclovax" else 1.0 / given
+
+
 def routing_of(model: PreTrainedModel, layout: ModelLayout) -> native.Routing:
     """How the routers of a model decide, the same in all layers."""
     bank = next(iter(layout.banks.values()), None)
@@ -173,7 +183,7 @@ def assembled(
     ends: Sequence[tuple[matrix.Matrix, matrix.Matrix]],
     routing: native.Routing,
     family: bool = False,
-    embedding_scale: float = 1.0,
+    scales: tuple[float, float] = (1.0, 1.0),
 ) -> native.Decoder:
     """A decoder of its parts, with the sizes and constants of its model.
 
@@ -185,34 +195,40 @@ def assembled(
         ends: Embedding and head of the model, or of each member of a family.
         routing: Routing of its routers.
         family: Whether it is one.
-        embedding_scale: Factor of embeddings.
+        scales: Factors of embeddings, and of all that layers add to the hidden states.
     """
     latents = latents_of(config, attention) if is_latent(attention) else None
     tables = 1 + max(layer.rotary or 0 for layer in layers)
     return native.Decoder(
         layers=layers,
         # what divides the logits divides what the head reads
-        final_norm=final[0] / number_of(config, "logits_scaling"),
+        final_norm=final[0] * _logits_factor(config),
         final_norm_bias=final[1],
         cosine=[torch.empty(0, 0)] * tables,
         sine=[torch.empty(0, 0)] * tables,
         embedding=ends[0][0],
         head=ends[0][1],
         latents=latents,
-        epsilon=next(given for key in EPSILONS if not isnan(given := number_of(config, key, nan))),
+        epsilon=epsilon_of(config),
         attention_scale=scale_of(attention),
         routing=routing,
-        embedding_scale=embedding_scale,
+        embedding_scale=scales[0],
         activation=ACTIVATIONS[activation_of(config.to_dict())],
         attention_cap=float(getattr(attention, "attn_logit_softcapping", None) or 0.0),
         logit_cap=number_of(config, "final_logit_softcapping", 0.0),
-        residual_scale=number_of(config, "residual_multiplier"),
+        residual_scale=scales[1],
         neighbours=config.model_type in NEIGHBOURS,
         # nanochat's, which has no weights
         embedding_norm=torch.ones_like(final[0]) if config.model_type == "nanochat" else None,
         member_embeddings=[embedding for embedding, _ in ends] if family else (),
         member_heads=[head for _, head in ends] if family else (),
     )
+
+
+def epsilon_of(config: Any) -> float:
+    """What the norms of a model add to the mean of squares; OLMo 1 has it in its modules alone."""
+    known = (given for key in EPSILONS if not isnan(given := number_of(config, key, nan)))
+    return next(known, 1e-5)
 
 
 def ends_of(words: Any, last: Any, head_bits: int | None = None) -> tuple[matrix.Matrix, matrix.Matrix]:
@@ -254,10 +270,10 @@ def _weights(module: Any, config: Any, members: Sequence[str], adds_one: bool) -
     return ones_of(config.hidden_size, members) if weight is None else weight
 
 
-def _norm_bias(module: Any) -> Any:
+def _norm_bias(module: Any, weight: Any) -> Any:
     """Biases of a LayerNorm, zeros where its family has none; None for RMSNorm."""
     bias = norm_of(module, "bias")
-    return torch.zeros_like(norm_of(module)) if bias is None and centres(module) else bias
+    return torch.zeros_like(weight) if bias is None and centres(module) else bias
 
 
 def _norms(model: Any, block: Block, members: Sequence[str], adds_one: bool) -> dict[str, Any]:
@@ -281,8 +297,8 @@ def _norms(model: Any, block: Block, members: Sequence[str], adds_one: bool) -> 
         return {name: weights(norm) for name, norm in given if norm is not None}
     for name, sublayer in zip(("attention", "mlp"), block.sublayers):
         if sublayer.pre_norm is not None:
-            found[f"{name}_norm"] = weights(sublayer.pre_norm)
-            found[f"{name}_norm_bias"] = _norm_bias(model.get_submodule(sublayer.pre_norm))
+            weight = found[f"{name}_norm"] = weights(sublayer.pre_norm)
+            found[f"{name}_norm_bias"] = _norm_bias(model.get_submodule(sublayer.pre_norm), weight)
         if sublayer.post_norm is not None:
             found[f"{name}_after"] = weights(sublayer.post_norm)
     return found

@@ -279,7 +279,8 @@ def decoder_of(model: PreTrainedModel, layout: ModelLayout, head_bits: int | Non
     factor, scale = (number_of(config, f"{end}_multiplier") for end in ("lm_head", "embedding"))
     last = norm_of(final) * factor, norm_of(final, "bias")
     module, routing = model.get_submodule(attention.module), routing_of(model, layout)
-    return assembled(config, layers, last, module, [ends], routing, embedding_scale=scale)
+    adds = number_of(config, "residual_multiplier")
+    return assembled(config, layers, last, module, [ends], routing, scales=(scale, adds))
 
 
 _NO_ADAPTERS: Mapping[str, tuple[Any, Any]] = {}

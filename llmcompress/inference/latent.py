@@ -15,6 +15,7 @@ from llmcompress_kernels import matrix
 from llmcompress_kernels.reference.group_gemm import LANES
 from torch import Tensor, nn
 
+from llmcompress.inference.coverage import HALVES_APART
 from llmcompress.nn.linear import PackedLinear
 from llmcompress.nn.tree_linear import TreeLinear
 from llmcompress.quant.codecs import codec
@@ -53,7 +54,7 @@ def latents_of(config: Any, attention: Any) -> native.Latents:
         width=attention.kv_lora_rank + attention.qk_rope_head_dim,
         epsilon=attention.kv_a_layernorm.variance_epsilon,
         # transformers' DeepSeek-V2 knows no other order
-        neighbours=bool(getattr(config, "rope_interleave", True)),
+        neighbours=bool(getattr(config, "rope_interleave", config.model_type not in HALVES_APART)),
     )
 
 

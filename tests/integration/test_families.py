@@ -40,6 +40,7 @@ LATENT = {
     **EXPERTS, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 10,
     "num_key_value_heads": 4,
 }  # fmt: skip
+LATENT_ALONE = {key: value for key, value in LATENT.items() if key not in EXPERTS}
 # fewer positions than the texts here have
 INDEXER = {"index_topk": 5, "index_head_dim": 16, "index_n_heads": 3, "head_dim": None}
 LONG = {
@@ -126,6 +127,20 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_bias": False,
             "tie_word_embeddings": True,
         },
+    ),
+    "internlm3": ("internlm3", {"attention_bias": True, "mlp_bias": True}),
+    "iquestcoder": ("iquestcoder", {}),
+    "jais2": ("jais2", {}),
+    "olmo": ("olmo", {"head_dim": None, "attention_bias": True}),
+    "hyperclovax": ("hyperclovax", {"residual_multiplier": 0.3, "embedding_multiplier": 3.0, "logits_scaling": 0.5}),
+    "hyperclovax-no-norms": ("hyperclovax", {"use_post_norm": False, "attention_bias": True, "mlp_bias": True}),
+    "vaultgemma": ("vaultgemma", {"tie_word_embeddings": True, "sliding_window": 16}),
+    "youtu": ("youtu", {**LATENT_ALONE, "q_lora_rank": 12, "attention_bias": True}),
+    "youtu-no-query-latents": ("youtu", {**LATENT_ALONE, "q_lora_rank": None}),
+    "minicpm3": ("minicpm3", {**LATENT_ALONE, "q_lora_rank": 12, "scale_depth": 0.7, "dim_model_base": 16}),
+    "minicpm3-plain": (
+        "minicpm3",
+        {**LATENT_ALONE, "q_lora_rank": None, "v_head_dim": None, "scale_depth": None, "attention_bias": True},
     ),
     "apertus": ("apertus", {"attention_bias": True}),
     "apertus-relu": ("apertus", {"hidden_act": "relu2"}),

@@ -1,4 +1,5 @@
 """DeepSeek-V2 to V3.2 and GLM-5: latent attention, first layers dense, shared experts beside the routed ones.
+Youtu-LLM and MiniCPM3: latent attention in every layer, no experts.
 
 In V3.2 and GLM-5 an indexer chooses the positions that a token sees. Rounding it would change a choice that no
 statistic of ours knows, it is a thousandth of the weights, and it stays dense. Some layers of GLM-5 may take over the
@@ -7,6 +8,7 @@ choice of the layer before.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from llmcompress.errors import InputError
@@ -21,6 +23,7 @@ from llmcompress.models.families.parts import (
     gated_mlp,
     mixture,
     norm,
+    scaled,
     weights,
 )
 from llmcompress.models.families.prediction import further_layers
@@ -141,6 +144,19 @@ def _chooses(facts: Facts, index: int) -> bool:
     return pattern[index] in ("F", "full")
 
 
+def _youtu(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    return latent_attention(facts, layer), gated_mlp(facts, layer)
+
+
+def _minicpm3(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    if facts.get("v_head_dim") is None:
+        facts = facts.having(v_head_dim=facts.hidden // facts.heads)
+    parts = latent_attention(facts, layer), gated_mlp(facts, layer, facts.flag("mlp_bias"))
+    if facts.get("scale_depth") is None:
+        return parts
+    return scaled(parts, facts.number("scale_depth") / math.sqrt(facts.size("num_hidden_layers")))
+
+
 _SHARED = {
     "tie_word_embeddings": False, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
     "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
@@ -165,6 +181,23 @@ FAMILIES = (
         },
         aliases={"n_routed_experts": "num_experts"},
         disk=PER_EXPERT,
+    ),
+    Family(
+        "youtu",
+        _youtu,
+        {
+            **_SHARED, "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 32,
+            "num_attention_heads": 16, "tie_word_embeddings": True,
+        },
+    ),
+    Family(
+        "minicpm3",
+        _minicpm3,
+        {
+            **_SHARED, "vocab_size": 73448, "hidden_size": 2560, "intermediate_size": 6400, "num_hidden_layers": 62,
+            "num_attention_heads": 40, "tie_word_embeddings": True, "kv_lora_rank": 256, "q_lora_rank": 768,
+            "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": None, "scale_depth": 1.4,
+        },
     ),
     Family(
         "deepseek_v3",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from llmcompress.models.families.facts import Facts
@@ -52,6 +53,11 @@ def _gemma2(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     return _sandwich(facts, layer, qk_norm=False)
 
 
+def _vaultgemma(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    bias = facts.flag("attention_bias")
+    return attention(facts, layer, bias, bias), gated_mlp(facts, layer, pre_norm="pre_feedforward_layernorm")
+
+
 def _gemma3(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     return _sandwich(facts, layer, qk_norm=True)
 
@@ -68,6 +74,15 @@ def _granite(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
 def _granite_swa(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
     head, mlp = _granite(facts, index, layer)
     return with_sinks(head, facts.heads), mlp
+
+
+def _hyperclovax(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
+    """Granite, with a norm after each sublayer too."""
+    parts = _granite(facts, index, layer)
+    if not facts.flag("use_post_norm"):
+        return parts
+    names = (f"{layer}.post_norm{place}" for place in (1, 2))
+    return tuple(Part(replace(part.sublayer, post_norm=name), part.kept) for part, name in zip(parts, names))
 
 
 def _phi3(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
@@ -104,7 +119,7 @@ def _starcoder2(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
 
 
 def _without_gates(facts: Facts, index: int, layer: str) -> tuple[Part, ...]:
-    """Arcee and Nemotron-4: Llama with MLPs without gates."""
+    """Arcee, Jais 2 and Nemotron-4: Llama with MLPs without gates."""
     bias = facts.flag("attention_bias")
     return attention(facts, layer, bias, bias), plain_mlp(facts, layer, bias=facts.flag("mlp_bias"))
 
@@ -196,6 +211,32 @@ FAMILIES = (
             "num_attention_heads": 48, "num_key_value_heads": 8, "head_dim": 128,
         },
     ),
+    Family(
+        "internlm3",
+        _llama,
+        {
+            **_SEVEN_B, "vocab_size": 128512, "intermediate_size": 10240, "num_hidden_layers": 48,
+            "num_key_value_heads": 2, "head_dim": 128,
+        },
+        aliases={"attention_bias": "qkv_bias", "mlp_bias": "bias"},
+    ),
+    Family(
+        "iquestcoder",
+        _llama,
+        {
+            **_SEVEN_B, "vocab_size": 76800, "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 80,
+            "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128,
+        },
+    ),
+    Family(
+        "jais2",
+        _without_gates,
+        {
+            **_SEVEN_B, "vocab_size": 150272, "hidden_size": 3328, "intermediate_size": 26624,
+            "num_attention_heads": 26, "attention_bias": True, "mlp_bias": True,
+        },
+        norm_bias=True,
+    ),
     Family("arcee", _without_gates, {**_SEVEN_B, "hidden_size": 2560, "intermediate_size": 18432}),
     Family(
         "nemotron",
@@ -230,6 +271,7 @@ FAMILIES = (
         },
     ),
     Family("granite", _granite, {**_SEVEN_B, "residual_multiplier": 1.0}),
+    Family("hyperclovax", _hyperclovax, {**_SEVEN_B, "residual_multiplier": 1.0, "use_post_norm": True}),
     Family(
         "granite_swa",
         _granite_swa,
@@ -251,6 +293,7 @@ FAMILIES = (
     Family("phi3", _phi3, {**_SEVEN_B, "vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192}),
     Family("glm", _glm, _GLM),
     Family("glm4", _glm4, _GLM),
+    Family("olmo", _llama, {**_SEVEN_B, "vocab_size": 50304}, norm_weights=False),
     Family("olmo2", _olmo2, {**_SEVEN_B, "vocab_size": 50304}),
     Family("olmo3", _olmo2, {**_SEVEN_B, "vocab_size": 50304}),
     Family(
@@ -273,5 +316,6 @@ FAMILIES = (
     ),
     Family("gemma", _llama, _GEMMA, norm_adds_one=True),
     Family("gemma2", _gemma2, _GEMMA2, norm_adds_one=True),
+    Family("vaultgemma", _vaultgemma, _GEMMA2, norm_adds_one=True),
     Family("gemma3_text", _gemma3, {**_GEMMA2, "vocab_size": 262208}, norm_adds_one=True, package="gemma3"),
 )  # fmt: skip

@@ -32,6 +32,8 @@ _LATENT: dict[str, Any] = {
     "v_head_dim": 48, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48,
     "n_shared_experts": 2, "first_k_dense_replace": 1, "num_hidden_layers": 3,
 }  # fmt: skip
+_LATENT_ALONE = {key: _LATENT[key] for key in ("head_dim", "num_key_value_heads", *(k for k in _LATENT if "_dim" in k))}
+_LATENT_ALONE |= {"kv_lora_rank": 48}
 # gated delta rules in three of four layers
 _RULES: dict[str, Any] = {
     "vocab_size": 72, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "num_key_value_heads": 1,
@@ -286,6 +288,23 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "new_decoder_architecture": True, "num_kv_heads": 2, "head_dim": None, "num_key_value_heads": None,
         "intermediate_size": None, "bias": True,
     },
+    # biases everywhere, or nothing new
+    "internlm3": {"attention_bias": True, "mlp_bias": True},
+    "iquestcoder": {},
+    # LayerNorm with biases or with nothing at all; MLPs without gates
+    "jais2": {"attention_bias": True, "mlp_bias": True},
+    "olmo": {"head_dim": None, "num_key_value_heads": None},
+    # Granite's factors, of logits upside down, and norms after sublayers
+    "hyperclovax": {
+        "residual_multiplier": 0.3, "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "logits_scaling": 0.5,
+    },
+    "vaultgemma": {
+        "num_hidden_layers": 3, "sliding_window": 12, "tie_word_embeddings": True, "query_pre_attn_scalar": 12,
+        "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0,
+    },
+    # latents without experts; Granite's factors by other names, pairs half of their part apart
+    "youtu": {**_LATENT_ALONE, "q_lora_rank": 48},
+    "minicpm3": {**_LATENT_ALONE, "q_lora_rank": 48, "scale_emb": 3, "scale_depth": 0.7, "dim_model_base": 24},
     # values narrower than keys and with a factor, other heads and sinks in layers with windows
     "mimo_v2_flash": {
         "num_hidden_layers": 3, "head_dim": 32, "v_head_dim": 16, "num_key_value_heads": 1, "sliding_window": 12,

@@ -33,7 +33,7 @@ EXPERTS = (
 )  # fmt: skip
 PACKED = (
     "llama", "qwen2", "olmo3", "phi3", "glm4", "gemma2", "gemma3_text", "stablelm", "starcoder2", "nemotron", "cohere2",
-    "phi", "exaone4", "granite_swa", "apertus", "nanochat", "falcon", *EXPERTS,
+    "phi", "exaone4", "granite_swa", "apertus", "nanochat", "falcon", "olmo", "hyperclovax", "minicpm3", *EXPERTS,
 )  # fmt: skip
 
 
