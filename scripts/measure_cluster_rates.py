@@ -38,7 +38,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress.algorithms.gptq import SOLVE_BYTES, GptqOptions, column_order, round_to_nearest, solve
+from llmcompress.algorithms.gptq import SOLVE_BYTES, GptqOptions, column_order, solve
+from llmcompress.algorithms.grids import round_to_nearest
 from llmcompress.algorithms.hessian import Gram, reversed_root
 from llmcompress.algorithms.reference_targets import fit_to_reference
 from llmcompress.algorithms.rounding import round_weights

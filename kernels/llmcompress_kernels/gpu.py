@@ -6,7 +6,6 @@ the first call on a CUDA tensor, and a machine without a GPU registers all of it
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -21,10 +20,11 @@ from llmcompress_kernels.cuda import library as libraries
 from llmcompress_kernels.cuda import skinny
 from llmcompress_kernels.cuda import state as cuda_state
 from llmcompress_kernels.cuda import tree as cuda_tree
+from llmcompress_kernels.reference import delta_decode as reference_delta_decode
 from llmcompress_kernels.reference import group_gemm as reference_group_gemm
 from llmcompress_kernels.reference import moe_group_gemm as reference_moe_group_gemm
 from llmcompress_kernels.reference import state as reference_state
-from llmcompress_kernels.schemas import _LIBRARY, SCHEMAS
+from llmcompress_kernels.schemas import _LIBRARY
 from llmcompress_kernels.state import SCHEMAS as _STATE_SCHEMAS  # the operators have to exist
 
 assert _STATE_SCHEMAS
@@ -264,8 +264,7 @@ def delta_decode(
         plain = all(t.is_contiguous() for t in (*packed, *scale))
         if plain and kernels.verify(x, bits, group_size) is None:
             return kernels.delta_decode(*arguments)
-    found: Tensor = importlib.import_module("llmcompress_kernels.reference.delta_decode").delta_decode(*arguments)
-    return found
+    return reference_delta_decode.delta_decode(*arguments)
 
 
 _FUNCTIONS: tuple[Callable[..., Any], ...] = (
@@ -279,10 +278,8 @@ _FUNCTIONS: tuple[Callable[..., Any], ...] = (
     dsq_pack,
     selective_scan_q,
     selective_scan_q_backward,
+    delta_decode,
 )
-
-if "delta_decode" in SCHEMAS:
-    _FUNCTIONS = (*_FUNCTIONS, delta_decode)
 
 _IN_CUDA: dict[Callable[..., Any], Callable[[], str | None]] = {
     group_gemm: skinny.unavailable,

@@ -1,10 +1,22 @@
 """GPTQ column solver, batched over experts (Frantar et al., arXiv 2210.17323, algorithm 1).
 
+With the Hessian ``H = 2 X Xᵀ`` of a layer's squared output error, damped, and ``H⁻¹ = Uᵀ U``, U upper triangular
+(:func:`~llmcompress.algorithms.hessian.inverse_factor`), columns c of the weight W are quantized one after the other,
+and those that are not yet make up for each error (section 4, step 3)::
+
+    q_c = nearest point of the grid to w_c
+    e_c = (w_c − q_c) / U_cc
+    w_j ← w_j − e_c U_cj            for every column j > c
+
+:meth:`_Columns._block` is that loop; a block's errors reach the columns behind it in one product (step 2), as
+``W[:, j] −= Σ_c e_c U_cj``.
+
 Exact: the update rule with the Cholesky factor of the inverse Hessian, lazy block updates, group
 grids. Different from the authors' code: many matrices of one shape are solved at once (an ordinary
 linear is a stack of one), a group's grid is taken from up-to-date weights also inside a block, and
 weights on dead inputs are rounded, never zeroed. Additions: grid search weighted by the cost of a column's error,
-columns ordered by energy group by group, scales fitted again at the end, sweeps of coordinate descent.
+columns ordered by energy group by group, scales fitted again at the end (``scale_refit.py``), sweeps of coordinate
+descent.
 
 The column loop has three forms: plain PyTorch (:class:`_Columns`), which defines it and runs everywhere, the C++ of
 ``llmcompress_kernels.columns``, which runs on CPUs where it can, and the definition with the steps inside a group done
@@ -25,15 +37,14 @@ from torch import Tensor
 
 from llmcompress.algorithms.coordinate_descent import sweep
 from llmcompress.algorithms.grids import (
-    HALF_MAX,
     Search,
     find_grid,
     grid_of_groups,
     nearest,
-    round_codes,
     tried_fractions,
 )
-from llmcompress.algorithms.hessian import damped_diagonal, inverse_factor, reversed_root
+from llmcompress.algorithms.hessian import damped_diagonal, inverse_factor, output_energy, reversed_root
+from llmcompress.algorithms.scale_refit import refit, refit_scales
 from llmcompress.quant.codecs.int_group import dequantize
 from llmcompress.quant.spec import QuantSpec
 
@@ -44,8 +55,6 @@ REVISION = 3
 # fp32 weights that are solved at once on a CPU: enough experts to make the steps of the column loop worth their
 # call, few enough to stay in the caches and in memory that the allocator keeps
 SOLVE_BYTES = 4 << 20
-# tiles of the triangle in W H Wᵀ, and how narrow they may be without losing the speed of the products
-ENERGY_TILES, ENERGY_COLUMNS = 8, 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +188,7 @@ def _measured(
     delta = torch.sub(w, quantized, out=quantized)
     if options.refit and any(damp):
         rounded = None if all(damp) else output_energy(delta, hessian)
-        scale, error = _refit(delta, codes, scale, zero, trusted, spec, options.damp)
+        scale, error = refit(delta, codes, scale, zero, trusted, spec, options.damp)
         error = error if rounded is None else torch.where(solved[:, 0], error, rounded)
     else:
         error = output_energy(delta, hessian)
@@ -280,91 +289,6 @@ def _picked(stack: Tensor, index: Tensor, dim: int) -> Tensor:
     return torch.stack([matrix.index_select(dim, chosen) for matrix, chosen in zip(stack, index)])
 
 
-def refit_scales(
-    w: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, hessian: Tensor, spec: QuantSpec, damp: float
-) -> Tensor:
-    """Best scales for codes that are already chosen: least squares in the layer's output, row by row.
-
-    With ``d_g`` the centred codes of group g, minimise ``(w - Σ s_g d_g) H (w - Σ s_g d_g)ᵀ`` over ``s``, a
-    system of G equations per row. Rows where rounding the result to fp16 does not pay keep their scales.
-
-    Args:
-        w: ``[E, N, K]`` fp32.
-        codes: ``[E, N, K]`` uint8.
-        scale: ``[E, N, G]`` fp16.
-        zero: ``[E, N, G]`` uint8, or None on a symmetric grid.
-        hessian: ``[E, K, K]`` fp32.
-        spec: Bits, group size, symmetry.
-        damp: Relative damping.
-
-    Returns:
-        ``[E, N, G]`` fp16.
-    """
-    return _refit(w - dequantize(codes, scale, zero, spec), codes, scale, zero, hessian, spec, damp)[0]
-
-
-def _refit(
-    delta: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, hessian: Tensor, spec: QuantSpec, damp: float
-) -> tuple[Tensor, Tensor]:
-    """:func:`refit_scales` from the error ``delta = w - q`` ``[E, N, K]``, which is overwritten.
-
-    The system is solved for the change of the scales: its right side is then made of errors, which are small, and
-    the error that is left follows from it without another product with H.
-
-    Returns:
-        New scales and the diagonal of ``(W-Q) H (W-Q)ᵀ`` ``[E, N]`` that they leave.
-    """
-    size, groups = spec.group(delta.shape[-1]), spec.groups(delta.shape[-1])
-    mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)
-    pull = torch.bmm(delta, hessian)
-    error = torch.mul(pull, delta).sum(-1)
-    centred = dequantize(codes, torch.ones_like(scale), zero, spec)
-    right = _by_group(pull.mul_(centred), size, groups)
-    del pull
-    ridge = (damp * mean)[:, None, None]
-    residual = right + ridge * _by_group(delta.mul_(centred), size, groups)
-    exact = _scale_products(centred, hessian, size, groups)
-    left = exact.clone()
-    diagonal = left.diagonal(dim1=-2, dim2=-1)
-    diagonal += ridge * _by_group(centred.square_(), size, groups)
-    diagonal += diagonal.mean(-1, keepdim=True) * 1e-4 + torch.finfo(torch.float32).tiny
-    lower, info = torch.linalg.cholesky_ex(left)
-    change = torch.cholesky_solve(residual.unsqueeze(-1), lower).squeeze(-1)
-    old = scale.to(torch.float32)
-    new = (old + change).clamp(max=HALF_MAX).to(torch.float16)
-    step = new.to(torch.float32) - old
-    gain = (step * residual).sum(-1) - 0.5 * _form(step, left)
-    better = (info == 0) & (gain > 0) & (new > 0).all(-1) & torch.isfinite(new).all(-1)
-    left_over = (error - 2 * (step * right).sum(-1) + _form(step, exact)).clamp_(min=0)
-    return torch.where(better.unsqueeze(-1), new, scale), torch.where(better, left_over, error)
-
-
-def _scale_products(centred: Tensor, hessian: Tensor, size: int, groups: int) -> Tensor:
-    """``d_g H d_hᵀ`` of every row, ``[E, N, G, G]``, from its upper triangle."""
-    products = centred.new_empty(*centred.shape[:2], groups, groups)
-    for group in range(groups):
-        start = group * size
-        span = slice(start, min(start + size, centred.shape[-1]))
-        part = torch.bmm(centred[:, :, span], hessian[:, span, start:]).mul_(centred[:, :, start:])
-        sums = _by_group(part, size, groups - group)
-        products[:, :, group, group:] = sums
-        products[:, :, group:, group] = sums
-    return products
-
-
-def _form(step: Tensor, matrix: Tensor) -> Tensor:
-    """``s M sᵀ`` of every row, ``[E, N]``."""
-    return torch.einsum("eng,engh,enh->en", step, matrix, step)
-
-
-def _by_group(values: Tensor, size: int, groups: int) -> Tensor:
-    """Sums over groups of columns, ``[..., K]`` to ``[..., G]``."""
-    missing = size * groups - values.shape[-1]
-    if missing:
-        values = torch.nn.functional.pad(values, (0, missing))
-    return values.unflatten(-1, (groups, size)).sum(-1)
-
-
 def column_order(hessian: Tensor, group: int, options: GptqOptions) -> Tensor | None:
     """In which order columns are quantized, or None for as they come.
 
@@ -393,53 +317,9 @@ def column_order(hessian: Tensor, group: int, options: GptqOptions) -> Tensor | 
     return torch.cat([chosen.flatten(1), tail], dim=1)
 
 
-def output_error(w: Tensor, quantized: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """Diagonals of ``(W-Q) H (W-Q)ᵀ`` and of ``W H Wᵀ``.
-
-    Args:
-        w: ``[E, N, K]``.
-        quantized: ``[E, N, K]``.
-        hessian: ``[E, K, K]``.
-
-    Returns:
-        Two tensors ``[E, N]`` fp32.
-    """
-    return output_energy(w - quantized, hessian), output_energy(w, hessian)
-
-
-def output_energy(w: Tensor, hessian: Tensor) -> Tensor:
-    """Diagonal of ``W H Wᵀ``, ``[E, N]``, for ``w [E, N, K]`` and a symmetric ``hessian [E, K, K]``.
-
-    By tiles of the upper triangle, those beside the diagonal counted twice: near half the products.
-    """
-    columns = w.shape[-1]
-    step = max(ENERGY_COLUMNS, -(-columns // ENERGY_TILES))
-    total = w.new_zeros(w.shape[:2])
-    for start in range(0, columns, step):
-        stop = min(start + step, columns)
-        part = torch.bmm(w[:, :, start:stop], hessian[:, start:stop, start:]).mul_(w[:, :, start:])
-        total += part.sum(-1).mul_(2).sub_(part[:, :, : stop - start].sum(-1))
-    return total
-
-
 def ratio(above: Tensor, below: Tensor) -> Tensor:
     """``above / below``, 0 where ``below`` is not positive."""
     return torch.where(below > 0, above / below.clamp(min=torch.finfo(torch.float32).tiny), torch.zeros_like(above))
-
-
-def round_to_nearest(w: Tensor, spec: QuantSpec, grid: Search) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes, scale and zero point without any second-order information.
-
-    Args:
-        w: ``[..., N, K]`` fp32.
-        spec: Bits, group size, symmetry.
-        grid: How grids are chosen.
-
-    Returns:
-        ``codes [..., N, K]`` uint8, ``scale [..., N, G]`` fp16, ``zero [..., N, G]`` uint8 or None.
-    """
-    scale, zero = find_grid(w, spec, grid)
-    return round_codes(w, scale, zero, spec), scale, zero
 
 
 def block_bounds(columns: int, group: int, block: int) -> list[tuple[int, int]]:

@@ -125,6 +125,21 @@ def round_codes(w: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) 
     return codes.to(torch.uint8).flatten(-2)[..., :columns].contiguous()
 
 
+def round_to_nearest(w: Tensor, spec: QuantSpec, grid: Search) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes, scale and zero point without any second-order information.
+
+    Args:
+        w: ``[..., N, K]`` fp32.
+        spec: Bits, group size, symmetry.
+        grid: How grids are chosen.
+
+    Returns:
+        ``codes [..., N, K]`` uint8, ``scale [..., N, G]`` fp16, ``zero [..., N, G]`` uint8 or None.
+    """
+    scale, zero = find_grid(w, spec, grid)
+    return round_codes(w, scale, zero, spec), scale, zero
+
+
 def nearest(steps: Tensor, offset: Tensor | float, half: bool) -> Tensor:
     """Round weights in units of their scale to codes, in place; a half-integer offset is added before rounding.
 

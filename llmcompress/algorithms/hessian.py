@@ -24,6 +24,8 @@ SOLVED_AT_ONCE = 128
 # columns of a Cholesky factor that the library finds at once; the rest is products (64 were fastest at widths 512 to
 # 2048, 256 took 10 to 60 % longer)
 CHOLESKY_BLOCK = 64
+# tiles of the triangle in W H Wᵀ, and how narrow they may be without losing the speed of the products
+ENERGY_TILES, ENERGY_COLUMNS = 8, 128
 
 
 class Gram:
@@ -322,3 +324,18 @@ def reversed_matrix(hessian: Tensor, order: Tensor | None) -> Tensor:
     places = order.flip(-1)
     # two plain copies are several times faster than one gather over both dimensions
     return torch.stack([one.index_select(0, at).index_select(1, at) for one, at in zip(hessian, places)])
+
+
+def output_energy(w: Tensor, hessian: Tensor) -> Tensor:
+    """Diagonal of ``W H Wᵀ``, ``[E, N]``, for ``w [E, N, K]`` and a symmetric ``hessian [E, K, K]``.
+
+    By tiles of the upper triangle, those beside the diagonal counted twice: near half the products.
+    """
+    columns = w.shape[-1]
+    step = max(ENERGY_COLUMNS, -(-columns // ENERGY_TILES))
+    total = w.new_zeros(w.shape[:2])
+    for start in range(0, columns, step):
+        stop = min(start + step, columns)
+        part = torch.bmm(w[:, :, start:stop], hessian[:, start:stop, start:]).mul_(w[:, :, start:])
+        total += part.sum(-1).mul_(2).sub_(part[:, :, : stop - start].sum(-1))
+    return total

@@ -19,7 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llmcompress.algorithms.gptq import GptqOptions, round_to_nearest, solve
+from llmcompress.algorithms.gptq import GptqOptions, solve
+from llmcompress.algorithms.grids import round_to_nearest
 from llmcompress.algorithms.half_grid import distortion
 from llmcompress.algorithms.tree_topology import hessian_mean
 from llmcompress.quant.codecs import delta_tree

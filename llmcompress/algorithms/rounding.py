@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmcompress.algorithms.gptq import round_to_nearest
-from llmcompress.algorithms.grids import Search
+from llmcompress.algorithms.grids import Search, round_to_nearest
 from llmcompress.quant.codecs import int_group
 from llmcompress.quant.spec import QuantSpec
 

@@ -113,7 +113,7 @@ def member_tensors(handle: ModelHandle, specs: Mapping[str, QuantSpec]) -> dict[
 
 def pack_outside(tensor: Tensor, spec: QuantSpec) -> PackedWeight:
     """Round an embedding or head to nearest, ``[V, H]``, some rows at a time."""
-    from llmcompress.algorithms.gptq import round_to_nearest
+    from llmcompress.algorithms.grids import round_to_nearest
 
     codes, scales = [], []
     for rows in tensor.split(ROWS_AT_ONCE):

@@ -1,12 +1,20 @@
-"""Exporters by name."""
+"""Exporters by name: the table below is the whole list of built-in formats, loaded when they are asked for."""
 
 from __future__ import annotations
+
+import importlib
 
 from llmcompress.errors import EnvironmentProblem, ExportError
 from llmcompress.export.base import Exporter
 from llmcompress.plugins import discover, names
 
-FORMATS = ("native", "compressed-tensors", "gguf", "dense")
+BUILT_IN = {
+    "native": "llmcompress.export.native:NativeExporter",
+    "compressed-tensors": "llmcompress.export.compressed_tensors:CompressedTensorsExporter",
+    "gguf": "llmcompress.export.gguf:GGUFExporter",
+    "dense": "llmcompress.export.dense:DenseExporter",
+}
+FORMATS = tuple(BUILT_IN)
 GROUP = "llmcompress.exporters"
 
 
@@ -26,22 +34,11 @@ def exporter(name: str, dense_dtype: str = "auto") -> Exporter:
         ExportError: There is no such format.
         EnvironmentProblem: The package that brings it is broken.
     """
-    if name == "native":
-        from llmcompress.export.native import NativeExporter
-
-        return NativeExporter()
-    if name == "compressed-tensors":
-        from llmcompress.export.compressed_tensors import CompressedTensorsExporter
-
-        return CompressedTensorsExporter()
-    if name == "gguf":
-        from llmcompress.export.gguf import GGUFExporter
-
-        return GGUFExporter()
-    if name == "dense":
-        from llmcompress.export.dense import DenseExporter
-
-        return DenseExporter(dense_dtype)
+    if name in BUILT_IN:
+        module, _, attribute = BUILT_IN[name].partition(":")
+        made = getattr(importlib.import_module(module), attribute)
+        found: Exporter = made(dense_dtype) if name == "dense" else made()
+        return found
     if name in names(GROUP):
         return _of_another_package(name)
     raise ExportError(f"unknown export format {name!r}", f"use one of {', '.join(formats())}")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmcompress.algorithms.gptq import round_to_nearest
+from llmcompress.algorithms.grids import round_to_nearest
 from llmcompress.models.handle import ModelHandle
 from llmcompress.quant.bitpack import pack
 from llmcompress.quant.codecs import int_group

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from llmcompress.algorithms.gptq import round_to_nearest, solve
+from llmcompress.algorithms.gptq import solve
+from llmcompress.algorithms.grids import round_to_nearest
 from llmcompress.distributed.world import World
 from llmcompress.errors import InputError
 from llmcompress.export.compressed_tensors import CompressedTensorsExporter

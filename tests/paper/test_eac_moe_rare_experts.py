@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmcompress.algorithms.gptq import round_to_nearest
+from llmcompress.algorithms.grids import round_to_nearest
 from llmcompress.quant.codecs.int_group import decode, dequantize
 from llmcompress.stages.qesc import Qesc, QescConfig
 

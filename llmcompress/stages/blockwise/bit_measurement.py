@@ -90,7 +90,8 @@ class ErrorMeter:
 
     def _measure(self, name: str, weights: Tensor, hessian: Tensor | None, share: Tensor) -> None:
         """Add the errors and the energy of ``weights [E, N, K]`` fp32, matrix by matrix times ``share [E]``."""
-        from llmcompress.algorithms.gptq import output_energy, round_to_nearest
+        from llmcompress.algorithms.grids import round_to_nearest
+        from llmcompress.algorithms.hessian import output_energy
         from llmcompress.quant.codecs.int_group import dequantize
 
         def size(values: Tensor) -> float:

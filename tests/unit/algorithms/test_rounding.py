@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmcompress.algorithms.gptq import round_to_nearest
+from llmcompress.algorithms.grids import round_to_nearest
 from llmcompress.algorithms.rounding import round_weights
 from llmcompress.quant.codecs.int_group import dequantize
 from llmcompress.quant.spec import QuantSpec

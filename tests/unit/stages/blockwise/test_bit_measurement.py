@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmcompress.algorithms.gptq import round_to_nearest
+from llmcompress.algorithms.grids import round_to_nearest
 from llmcompress.models import sizes
 from llmcompress.models.activation_cache import ActivationCache
 from llmcompress.models.capture import expert_weight
