@@ -15,8 +15,6 @@ OPENERS: dict[Style, str] = {
     "hermes": "<tool_call>", "llama3": "<|python_tag|>", "mistral": "[TOOL_CALLS]", "mistral_named": "[TOOL_CALLS]",
     "qwen_xml": "<tool_call>", "glm_xml": "<tool_call>",
 }  # fmt: skip
-# those that :mod:`llmcompress.serving.xml_calls` reads
-XML = ("qwen_xml", "glm_xml")
 CLOSER = "</tool_call>"
 _BLANKS = " \t\r\n"
 _LETTERS = string.ascii_letters + string.digits

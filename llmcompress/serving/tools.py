@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, StringConstraints
 from llmcompress.inference.grammar import inline_schema
 from llmcompress.serving.structured import OBJECT, Form
 from llmcompress.serving.text import loads, specials
-from llmcompress.serving.tool_calls import CLOSER, OPENERS, XML, CallStream, Style
-from llmcompress.serving.xml_calls import XmlCallStream
+from llmcompress.serving.tool_calls import CLOSER, OPENERS, CallStream, Style
+from llmcompress.serving.xml_calls import FORMS, XmlCallStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -127,7 +127,7 @@ class Toolbox:
 
     def stream(self) -> CallStream | XmlCallStream:
         """Tells calls from text in one answer."""
-        if self.style in XML:
+        if self.style in FORMS:
             return XmlCallStream(self.style, {one.name: one.parameters or {} for one in self.functions}, self.several)
         return CallStream(self.style, [function.name for function in self.functions], self.several)
 
@@ -151,7 +151,7 @@ class Toolbox:
             raise ValueError(f"{answer.field}: only JSON goes with tools")
         if not self.forced and answer is None and not any(function.strict for function in self.functions):
             return None
-        if self.style in XML:
+        if self.style in FORMS:
             raise ValueError("this model writes calls as XML, which is not enforced: neither strict nor required")
         lines = [f"call: {' | '.join(self._calls(words))}", f"calls: {self._listed(words)}"]
         if self.forced:

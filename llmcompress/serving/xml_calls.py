@@ -16,10 +16,17 @@ from llmcompress.serving.tool_calls import CLOSER, OPENERS, Said, Style, call_id
 
 OPENER = OPENERS["qwen_xml"]
 _BLANKS = " \t\r\n"
-_QWEN = re.compile(r"\s*<function=([^>\n]+)>(.*?)</function>\s*", re.DOTALL)
-_QWEN_PART = re.compile(r"\s*<parameter=([^>\n]+)>(.*?)</parameter>", re.DOTALL)
-_GLM = re.compile(r"\s*([^<\s]+)\s*(.*)", re.DOTALL)
-_GLM_PART = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+# a call's name and the rest, and a parameter's name and value in that
+FORMS: dict[Style, tuple[re.Pattern[str], re.Pattern[str]]] = {
+    "qwen_xml": (
+        re.compile(r"\s*<function=([^>\n]+)>(.*?)</function>\s*", re.DOTALL),
+        re.compile(r"\s*<parameter=([^>\n]+)>(.*?)</parameter>", re.DOTALL),
+    ),
+    "glm_xml": (
+        re.compile(r"\s*([^<\s]+)\s*(.*)", re.DOTALL),
+        re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL),
+    ),
+}
 # as Python and JSON write them: Qwen's template shows the former
 _WORDS: dict[str, Any] = {"true": True, "false": False, "none": None, "null": None}
 # what a schema may call a value
@@ -33,11 +40,11 @@ def read_call(style: Style, text: str, tools: Mapping[str, Mapping[str, Any]]) -
     """Name and arguments of a call, None where the text is none.
 
     Args:
-        style: How it is written.
+        style: How it is written, one of :data:`FORMS`.
         text: What is between the words that begin and end a call.
         tools: Schemas of the parameters of all tools.
     """
-    whole, part = (_QWEN, _QWEN_PART) if style == "qwen_xml" else (_GLM, _GLM_PART)
+    whole, part = FORMS[style]
     found = whole.fullmatch(text)
     if found is None or found[1] not in tools:
         return None
