@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmcompress import units
 from llmcompress.durable import write_durably
 from llmcompress.evaluation.significance import within_noise
-from llmcompress.report.data import BlockRow, MetricRow, ReportData, StageRow, collect, number
+from llmcompress.report.data import BlockRow, MetricRow, ReportData, StageRow, collect, dig, number
+from llmcompress.report.experts import forced_table, held_out_shift, pesf_section, shift_changes, shift_section
 from llmcompress.report.family import family_section
-from llmcompress.report.plots import Change, Series, dumbbells, expert_bars, heat_map, line_chart, percent
+from llmcompress.report.number_text import bytes_text, count_text, is_share, metric_text, seconds_text, signed
+from llmcompress.report.plots import Series, expert_bars, heat_map, line_chart, percent
 from llmcompress.report.self_correction import self_correction_section
 from llmcompress.report.states import states_section
 
@@ -29,8 +30,6 @@ KINDS = (
     (r"mlp\.down_proj$", "MLP down", "muted dashed"),
     (r"", "MLP gate and up", "muted"),
 )
-SHARES = ("acc", "top1", "agreement", "overlap", "cr_", "exact_match", "skipped", "dropped", "share")
-
 
 METRIC_NAMES = {
     "acc": "accuracy",
@@ -105,46 +104,6 @@ def page_context(data: ReportData) -> Json:
         "inputs": input_rows(data.lock),
         "finished": data.finished,
     }
-
-
-def bytes_text(value: float) -> str:
-    """Size in decimal units, as disks and papers count; a line does not break before the unit."""
-    return units.bytes_text(value).replace(" ", "\u00a0")
-
-
-def seconds_text(value: float) -> str:
-    """Duration for people."""
-    if value >= 3600:
-        return f"{int(value // 3600)} h {int(value % 3600 // 60):02d} min"
-    if value >= 60:
-        return f"{int(value // 60)} min {int(value % 60):02d} s"
-    return f"{value:.1f} s" if value >= 1 else f"{1000 * value:.0f} ms"
-
-
-def count_text(value: float) -> str:
-    """Count with thin spaces between thousands."""
-    return f"{value:,.0f}".replace(",", "\u202f")
-
-
-def metric_text(metric: str, value: float | None) -> str:
-    """Value of a metric in its usual form."""
-    if value is None:
-        return "–"
-    if is_share(metric):
-        return f"{100 * value:.1f}\u00a0%"
-    if "perplexity" in metric or metric == "ppl":
-        return f"{value:.3f}" if value < 1000 else f"{value:.4g}"
-    return f"{value:.4g}"
-
-
-def is_share(metric: str) -> bool:
-    """Whether a metric lies between 0 and 1 and is read as a percentage."""
-    return any(metric.startswith(word) or word in metric for word in SHARES)
-
-
-def signed(text: str) -> str:
-    """Put a plus or a true minus before a formatted number."""
-    return f"−{text[1:]}" if text.startswith("-") else f"+{text}"
 
 
 def result_row(metric: MetricRow) -> Json:
@@ -347,142 +306,6 @@ def error_chart(blocks: list[BlockRow]) -> Json | None:
     return {"chart": chart, "labels": [s.label for s in series], "rows": rows}
 
 
-def shift_changes(blocks: list[BlockRow]) -> list[Change]:
-    """Share of tokens with at least one changed expert, before and after router calibration."""
-    found = []
-    for block in blocks:
-        before = number(_dig(block.router, "before", "cr_any"))
-        after = number(_dig(block.router, "after", "cr_any"))
-        if before is None:
-            continue
-        found.append(Change(block.index, before, after, bool(block.router.get("kept", True))))
-    return found
-
-
-def shift_section(blocks: list[BlockRow], changes: list[Change]) -> Json:
-    """Chart and table of expert shift."""
-    rows = []
-    for block in blocks:
-        router = block.router
-        if not isinstance(router.get("before"), Mapping):
-            continue
-        cells = []
-        for key in ("cr_any", "cr_half", "cr_all", "overlap"):
-            before, after = number(_dig(router, "before", key)), number(_dig(router, "after", key))
-            cells.append(
-                "–" if before is None else percent(before) + (f" → {percent(after)}" if after is not None else "")
-            )
-        losses = [number(router.get(key)) for key in ("loss_before", "loss_after")]
-        loss = " → ".join(f"{value:.3g}" for value in losses if value is not None)
-        kept = "" if router.get("after") is None else "yes" if router.get("kept", True) else "no"
-        rows.append({"layer": block.index, "cells": [*cells, loss or "–", str(router.get("k", "–")), kept or "–"]})
-    calibrated = [c for c in changes if c.after is not None]
-    summary = ""
-    if calibrated and not any(c.kept for c in calibrated):
-        summary = "Calibration lowered it in no layer on its held-out tokens, so every original router was kept."
-    elif calibrated:
-        lower = sum(1 for c in calibrated if c.after is not None and c.after < c.before)
-        mean_before = sum(c.before for c in calibrated) / len(calibrated)
-        mean_after = sum(c.after or 0.0 for c in calibrated) / len(calibrated)
-        summary = (
-            f"On average {percent(mean_before)} of tokens chose a different expert before calibration and "
-            f"{percent(mean_after)} after it; lower in {lower} of {len(calibrated)} layers."
-        )
-    title = "Share of tokens with at least one changed expert, per layer"
-    return {"chart": dumbbells(changes, title), "rows": rows, "summary": summary}
-
-
-def _dig(data: Mapping[str, Any], *keys: str) -> Any:
-    value: Any = data
-    for key in keys:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
-
-
-def pesf_section(entry: Mapping[str, Any]) -> Json:
-    """Savings of expert skipping, each figure on its own bar, and how they spread over layers."""
-    bars = []
-    saved = number(entry.get("time_saved"))
-    with_policy, without = number(entry.get("seconds_with")), number(entry.get("seconds_without"))
-    if saved is None and with_policy is not None and without:
-        saved = 1 - with_policy / without
-    for value, label in (
-        (number(entry.get("experts_skipped")), "Experts skipped"),
-        (number(entry.get("slots_dropped")), "Routing slots dropped"),
-        (saved, "Prefill time saved"),
-    ):
-        if value is not None:
-            bars.append({"label": label, "value": percent(value), "width": max(0.0, min(100.0, 100 * value))})
-    times = (
-        ("seconds_with", "time with skipping"),
-        ("seconds_without", "time without"),
-        ("seconds_deciding", "of it spent deciding"),
-    )
-    rest = [(label, seconds_text(value)) for key, label in times if (value := number(entry.get(key))) is not None]
-    lost = number(entry.get("tokens_without_expert"))
-    if lost is not None:
-        rest.append(("tokens left without an expert", count_text(lost)))
-    for text in entry.get("texts") or []:
-        values = [number(_dig(text, key)) for key in ("perplexity_with", "perplexity_without")]
-        if None not in values:
-            rest.append((f"{text.get('text', '')} perplexity", f"{values[0]:.3f} with, {values[1]:.3f} without"))
-    return {"bars": bars, "rest": rest, "chart": _skipping_chart(entry.get("per_layer"))}
-
-
-def _skipping_chart(layers: Any) -> Any:
-    """Shares of experts skipped and slots dropped per layer; None for fewer than two layers."""
-    rows = [row for row in layers or [] if isinstance(row, Mapping)]
-    if len(rows) < 2:
-        return None
-
-    def share(row: Mapping[str, Any], part: str, whole: str) -> float | None:
-        value, total = number(row.get(part)), number(row.get(whole))
-        return value / total if value is not None and total else None
-
-    series = [
-        Series("experts skipped", [share(row, "experts_skipped", "experts_used") for row in rows], "accent"),
-        Series("slots dropped", [share(row, "slots_dropped", "slots") for row in rows], "strong dashed"),
-    ]
-    numbers = [int(found[1]) if (found := re.search(r"\.(\d+)\.", str(row.get("module")))) else -1 for row in rows]
-    known = numbers if -1 not in numbers else list(range(len(rows)))
-    return line_chart(known, series, "Share of experts skipped and of routing slots dropped, per layer")
-
-
-def held_out_shift(rows: list[Json]) -> Json | None:
-    """Expert shift measured on held-out text by an evaluate stage, after everything is compressed."""
-    layers = [int(number(row.get("block", row.get("layer"))) or 0) for row in rows]
-    wanted = (("cr_any", "any changed", "accent"), ("cr_all", "all changed", "strong dashed"))
-    series = [Series(label, [number(row.get(key)) for row in rows], style) for key, label, style in wanted]
-    series = [s for s in series if any(v is not None for v in s.values)]
-    if not series:
-        return None
-    keys = [("cr_any", "any"), ("cr_half", "half or more"), ("cr_all", "all"), ("overlap", "overlap")]
-    cells = [
-        {"layer": i, "cells": [percent(v) if (v := number(row.get(k))) is not None else "–" for k, _ in keys]}
-        for i, row in zip(layers, rows)
-    ]
-    title = "Share of held-out tokens whose experts differ from the dense model's, per layer"
-    return {"chart": line_chart(layers, series, title), "labels": [label for _, label in keys], "rows": cells}
-
-
-def forced_table(row: Mapping[str, Any]) -> Json:
-    """Perplexity of both models' weights under both models' routing, and what each change costs alone."""
-    keys = (("dense", "dense_shifted"), ("compressed_unshifted", "compressed"))
-    cells = [[metric_text("perplexity", number(row.get(key))) for key in line] for line in keys]
-    costs = []
-    for key, label in (
-        ("weights_alone", "changed weights alone"),
-        ("shift_alone", "changed choices alone"),
-        ("both", "both"),
-    ):
-        value = number(row.get(key))
-        if value is not None:
-            text = f"{100 * value:.2f}"
-            costs.append(f"{label} {signed(text) if value else '0'}\u00a0%")
-    tokens = number(row.get("tokens"))
-    return {"cells": cells, "costs": ", ".join(costs), "tokens": count_text(tokens) if tokens else ""}
-
-
 def sample_row(sample: Mapping[str, Any]) -> Json:
     """A prompt with both continuations."""
     return {key: str(sample.get(key) or "").strip() for key in ("prompt", "dense", "compressed")}
@@ -559,13 +382,13 @@ def input_rows(lock: Json) -> list[Json]:
     rows = []
     for where, entry in (lock.get("inputs") or {}).items():
         for name, file in (entry.get("files") or {}).items() if isinstance(entry, Mapping) else ():
-            size = number(_dig(file, "bytes"))
+            size = number(dig(file, "bytes"))
             rows.append(
                 {
                     "where": where,
                     "name": name,
                     "bytes": bytes_text(size) if size is not None else "–",
-                    "hash": str(_dig(file, "sha256") or "–")[:16],
+                    "hash": str(dig(file, "sha256") or "–")[:16],
                 }
             )
     return rows

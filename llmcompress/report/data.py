@@ -182,6 +182,14 @@ def number(value: Any) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+def dig(data: Mapping[str, Any], *keys: str) -> Any:
+    """What lies below these keys, None where one of them is missing."""
+    value: Any = data
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
 def collect(run_dir: Path) -> ReportData:
     """Read a run directory.
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from llmcompress.report.number_text import bytes_text
 from llmcompress.units import natural_order
 
 Json = dict[str, Any]
@@ -17,8 +18,6 @@ def states_section(entry: Mapping[str, Any]) -> Json:
     Args:
         entry: ``policy``, ``heads`` (mixer → half-lives, errors) and ``memory`` (one entry per batch size).
     """
-    from llmcompress.report.build import bytes_text
-
     policy: Mapping[str, Any] = entry.get("policy") or {}
     rows = []
     # JSON is written in the order of names, in which layer 10 comes before layer 2

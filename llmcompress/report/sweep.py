@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.durable import write_durably
-from llmcompress.report.build import bytes_text, metric_text, seconds_text, templates
+from llmcompress.report.build import templates
+from llmcompress.report.number_text import bytes_text, metric_text, seconds_text
 from llmcompress.report.plots import Point, scatter
 
 

@@ -9,14 +9,12 @@ import pytest
 
 from llmcompress.report.build import (
     build_report,
-    bytes_text,
     kind_of,
-    metric_text,
     page_context,
     result_row,
-    seconds_text,
 )
 from llmcompress.report.data import MetricRow, collect
+from llmcompress.report.number_text import bytes_text, metric_text, seconds_text
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
