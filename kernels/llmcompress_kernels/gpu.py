@@ -35,16 +35,7 @@ def no_triton() -> str | None:
     """Why Triton kernels cannot run here, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install 'llmcompress[triton]'"
-    return no_device()
-
-
-@cache
-def no_device() -> str | None:
-    """Why no CUDA kernel can run here, or None."""
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    major, minor = torch.cuda.get_device_capability()
-    return None if major >= 8 else f"compute capability {major}.{minor}, 8.0 is needed"
+    return libraries.no_device()
 
 
 def wanted(name: str) -> bool:

@@ -16,6 +16,7 @@ from llmcompress.cli.command import command
 from llmcompress.cli.evaluate import DeviceOption, DtypeOption, ModelArgument
 from llmcompress.cli.generate import HeadBitsOption, Int8Option, Speed
 from llmcompress.cli.output import Output, table
+from llmcompress.cli.tune import bench_tune, parse_shape
 from llmcompress.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ ROUNDINGS = {"int8_activations": "int8 activations", "head_bits": "8-bit head"}
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
     from llmcompress.cli.bench_serve import bench_serve
-    from llmcompress.cli.tune import bench_tune
 
     group = typer.Typer(help="Measure speed.", no_args_is_help=True)
     command(group, "model")(bench_model)
@@ -218,14 +218,6 @@ def bench_kernels(
         "moe": blocks,
     }
     out.result(data, lambda screen: _show_kernels(rows, blocks, screen))
-
-
-def parse_shape(text: str) -> tuple[int, int]:
-    """``576x1536`` as (in features, out features)."""
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise UsageError(f"--shape {text}: not two sizes", "write it like --shape 4096x14336, in features first")
-    return int(parts[0]), int(parts[1])
 
 
 def _check_kernels(shapes: list[tuple[int, int]], bits: list[int], group: int) -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmcompress.cli.bench import parse_shape
 from llmcompress.cli.output import Output, table
 from llmcompress.errors import EnvironmentProblem, UsageError
 
@@ -54,10 +53,10 @@ def bench_tune(
     if model is not None:
         shapes, banks = shapes_of(model)
     import torch
-    from llmcompress_kernels import gpu as dispatch
     from llmcompress_kernels import tables
+    from llmcompress_kernels.cuda import library
 
-    missing = dispatch.no_device()
+    missing = library.no_device()
     if missing is not None:
         raise EnvironmentProblem(
             f"launches can only be timed on a GPU: {missing}", "run it on the machine that will serve the model"
@@ -77,6 +76,14 @@ def bench_tune(
     rows, states = [row_of(outcome) for outcome in found], tables.describe([gpu])
     data = {"gpu": gpu, "tables": states, "versions": tables.versions("triton"), "rows": rows}
     out.result(data, lambda screen: _show(rows, states, screen))
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    """``576x1536`` as (in features, out features)."""
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise UsageError(f"--shape {text}: not two sizes", "write it like --shape 4096x14336, in features first")
+    return int(parts[0]), int(parts[1])
 
 
 def _check(widths: list[int], dtype: str, model: str | None, shape: list[str] | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,10 +32,17 @@ def register(family: str, source: str) -> None:
     )
 
 
+@cache
+def no_device() -> str | None:
+    """Why no CUDA kernel can run here, or None."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    return None if major >= 8 else f"compute capability {major}.{minor}, 8.0 is needed"
+
+
 def unavailable(family: str) -> str | None:
     """Why a family's kernels cannot run on this machine, or None; starts no build."""
-    from llmcompress_kernels.gpu import no_device
-
     return no_device() or build.unavailable(family)
 
 
