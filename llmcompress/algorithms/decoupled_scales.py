@@ -212,6 +212,7 @@ def _scales(u: Tensor, spec: StateSpec, static: Tensor | None) -> tuple[Tensor |
     if spec.sqrt_axis == "state":
         state = to_scale(_power(folded_mean(size, -2), spec.alpha))
         return to_scale((size / state.to(torch.float32).unsqueeze(-2)).amax(-1)), state
+    # s_p and then s_n of the head of this file
     channel = to_scale(_power(folded_mean(size, -1), spec.alpha))
     return channel, to_scale((size / channel.to(torch.float32).unsqueeze(-1)).amax(-2))
 

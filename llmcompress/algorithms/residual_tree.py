@@ -1,10 +1,17 @@
 """Top-down residual quantization of one weight of several models along a tree.
 
 Phase 2 of our variant of RQT (Findings of ACL 2025, paper 554; the abstract says "each node optimises its quantization
-parameters and hands the residual error to its children", the rest is our choice). A node quantizes the mean of what
-its models still lack; the leaf takes the rest. Internal nodes round to nearest with searched scales, leaves use GPTQ
-with the model's own second moments. GPTQ at an internal node lowers that node's output error and widens the range the
-leaf has to cover, which costs more (22 % for small deltas on synthetic weights, ``tests/paper/test_rqt_build.py``).
+parameters and hands the residual error to its children", the rest is our choice). With the weight ``W_m [N, K]`` of
+model m, and nodes v that stand for sets of models::
+
+    r_m,v = W_m − Σ_{u above v} q_u        what model m still lacks at node v
+    q_v   = Q(mean over m in v of r_m,v)   internal node (``hmean``: weighted by second moments)
+    q_m   = Q(r_m,m)                       the model's own leaf
+    Ŵ_m   = Σ q_v over the path from the root to the leaf
+
+Internal nodes round to nearest with searched scales, leaves use GPTQ with the model's own second moments. GPTQ at an
+internal node lowers that node's output error and widens the range the leaf has to cover, which costs more (22 % for
+small deltas on synthetic weights, ``tests/paper/test_rqt_build.py``).
 
 Legend: M models, N rows, K columns, G groups per row.
 """

@@ -12,6 +12,7 @@ Legend: S sequences, T tokens, H heads, P channels of a head, N states, G groups
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -131,4 +132,4 @@ def half_life(mean_log_decay: Tensor) -> Tensor:
     Args:
         mean_log_decay: ``E[dt A]``, not positive.
     """
-    return 0.6931471805599453 / -mean_log_decay
+    return math.log(2) / -mean_log_decay

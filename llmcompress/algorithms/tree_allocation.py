@@ -156,7 +156,15 @@ class _Line:
 
 
 def best_for_price(problem: Problem, choice: Choice, price: float) -> Bits:
-    """Widths that minimise ``error + price · bits``, exactly."""
+    """Widths that minimise ``error + price · bits``, exactly.
+
+    With error e arriving at node v, node and all below it cost at least::
+
+        f_v(e) = min over b of  price · cost(b) + g_v(φ(b) (d_v + e))
+
+    where ``g_v(e)`` is ``weight_v e`` at a leaf and elsewhere ``Σ f_c(e)`` over v's children c. Each f is the lowest of
+    some lines in e (:class:`_Line`), so a few lines say all of it; the root's is read at ``e = 0``.
+    """
     reach = sum(problem.energy)
 
     def below(position: int) -> list[_Line]:

@@ -1,5 +1,12 @@
 """Definition of ``moe_group_gemm``: expert by expert over the experts that have tokens.
 
+Token t has k slots j with an expert ``e = index[t, j]`` (E for an empty slot) and its weight ``w = weights[t, j]``::
+
+    y_t = Σ_j w D_e act(G_e x_t, U_e x_t)        act(g, u) = silu(g) u in most families, see :func:`gate`
+
+``G_e`` and ``U_e`` are the halves of ``gate_up[e]`` ``[2I, H]``, ``D_e`` is ``down[e]`` ``[H, I]``; where there are
+biases, each is added to its product.
+
 Only their weights are decoded, one expert at a time, so a few tokens cost a few experts and
 the bank never exists in dense form.
 """

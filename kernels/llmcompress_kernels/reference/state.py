@@ -253,7 +253,15 @@ def selective_scan_q(
     refit: bool = False,
     dither: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A whole sequence with the state stored between tokens; see :mod:`llmcompress_kernels.ops`."""
+    """A whole sequence with the state stored between tokens: the recurrence at the head of this file, token by token.
+
+    Token t is followed by a rounding where ``t + 1 - first`` is a multiple of ``window`` and not negative. Arguments as
+    in :func:`llmcompress_kernels.state.selective_scan_q`.
+
+    Returns:
+        ``y [S, T, H, P]``, the last state ``[S, H, P, N]``, and where ``keep`` the states before every
+        :data:`SEGMENT`-th token ``[S, H, segments, P, N]``.
+    """
     qmax = (2.0 ** (bits.to(torch.float32) - 1) - 1)[:, None, None]
     rounded = (bits < FLOAT_BITS)[:, None, None]
     kept, held = [], state
