@@ -52,16 +52,20 @@ def assignment(text: str) -> tuple[str, Any]:
 
 def candidates_of(family: str, options: argparse.Namespace) -> dict[str, speed.Candidate]:
     """The ways to run a family."""
-    packed = speed.random_packed(config_of(family, options), QuantSpec(options.bits, 64))
+    dtype = getattr(torch, options.dtype)
+    packed = speed.random_packed(config_of(family, options), QuantSpec(options.bits, 64), dtype)
     found = {"native": speed.native(open_engine(packed)), "modules": speed.transformers(packed)}
     return found if options.packed else {**found, "bf16": speed.transformers(speed.dense_twin(packed))}
 
 
 def commit() -> str:
-    """The checkout's commit, with a plus where files differ from it."""
-    here = Path(__file__).parent
-    found = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True)
-    return found.stdout.strip()
+    """The checkout's commit, with a plus where code differs from it."""
+
+    def told(*words: str) -> str:
+        found = subprocess.run(["git", *words], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+        return found.stdout.strip()
+
+    return told("rev-parse", "--short", "HEAD") + "+" * bool(told("status", "--porcelain", "llmcompress", "kernels"))
 
 
 def main() -> int:
@@ -72,6 +76,7 @@ def main() -> int:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--case", action="append", help="only this one; may be repeated")
     parser.add_argument("--packed", action="store_true", help="leave bf16 out")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the packed model")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--budget", type=float, default=20.0, help="seconds per case")
     parser.add_argument("--threads", type=int, default=2)
@@ -84,7 +89,7 @@ def main() -> int:
     }  # fmt: skip
     if options.out is not None and options.out.is_file():
         told["families"] = json.loads(options.out.read_text())["families"]
-    measured = {"commit": commit(), "layers": options.layers, "set": dict(options.set or ())}
+    measured = {"commit": commit(), "layers": options.layers, "dtype": options.dtype, "set": dict(options.set or ())}
     measured |= {"cpu": told["environment"]["cpu"], "isa": told["environment"]["isa"]}
     for given in options.families:
         family = Path(given).stem
@@ -97,7 +102,8 @@ def main() -> int:
             for row in found:
                 rate = row["tokens_per_second"]
                 print(f"{family:<12} {row['case']:<24} {row['candidate']:<8} {rate:>8.1f} tokens/s", flush=True)
-            kept = [row for row in told["families"].get(family, []) if row["case"] != case.name]
+            key = case.name, options.dtype
+            kept = [r for r in told["families"].get(family, []) if (r["case"], r.get("dtype", "bfloat16")) != key]
             told["families"][family] = kept + found
             if options.out is not None:
                 options.out.write_text(json.dumps(told, indent=1) + "\n")

@@ -363,7 +363,7 @@ class Decoders:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         torch.manual_seed(0)
-        own = _WITH_RULES.get(family, _RULES) if family in DELTAS else _FAMILIES[family]
+        own = _WITH_RULES.get(family, _RULES) if family in DELTAS else _FAMILIES.get(family, {})
         sizes = {**_SIZES, **own, **changes}
         sizes = {name: value for name, value in sizes.items() if value is not None or name not in _OWN_DEFAULTS}
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).float().eval()
