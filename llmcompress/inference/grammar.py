@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -185,11 +185,14 @@ class Grammars:
     """
 
     def __init__(self) -> None:
-        self._lock, self._naming = threading.Lock(), threading.Lock()
+        # reentrant: what is given up is done at once
+        self._lock, self._naming = threading.RLock(), threading.Lock()
         # the tokenizer object stays beside what was made of it, so that no other one gets its id
         self._tokenizers: dict[tuple[int, int, tuple[int, ...]], tuple[Any, str]] = {}
         self._made: dict[str, Any] = {}
         self._compiled: OrderedDict[tuple[str, str], Future[Any]] = OrderedDict()
+        # how many wait for those that are not compiled yet
+        self._waiting = Counter[Future[Any]]()
         self._threads = ThreadPoolExecutor(COMPILERS, thread_name_prefix="grammar")
 
     def walk(self, words: PreTrainedTokenizerBase, vocabulary: int, ends: Collection[int], grammar: str) -> Walk:
@@ -210,10 +213,12 @@ class Grammars:
         try:
             return self.begin(future.result(COMPILE_SECONDS))
         except TimeoutError as error:
+            self.give_up(future)
             raise slow() from error
 
     def compiled(self, name: str, grammar: str) -> Future[Any]:
-        """The matcher of llguidance, or :class:`GrammarError`, once it is there; does not wait.
+        """The matcher of llguidance, or :class:`GrammarError`, once it is there; does not wait. Who does not wait until
+        then says so to :meth:`give_up`.
 
         Args:
             name: From :meth:`name`.
@@ -221,13 +226,33 @@ class Grammars:
         """
         with self._lock:
             future = self._compiled.get((name, grammar))
-            if future is None:
+            if future is None or future.cancelled():
                 future = self._threads.submit(_compile, self._made[name], grammar)
                 self._compiled[name, grammar] = future
+                self._waiting[future] = 0
+                future.add_done_callback(self._forget)
                 if len(self._compiled) > KEPT:
                     self._compiled.popitem(last=False)
             self._compiled.move_to_end((name, grammar))
+            if future in self._waiting:
+                self._waiting[future] += 1
             return future
+
+    def give_up(self, future: Future[Any]) -> None:
+        """One who asked waits no longer; a grammar for which nobody waits leaves the queue, unless it has begun.
+
+        Args:
+            future: From :meth:`compiled`.
+        """
+        with self._lock:
+            if future in self._waiting:
+                self._waiting[future] -= 1
+                if self._waiting[future] <= 0:
+                    future.cancel()
+
+    def _forget(self, future: Future[Any]) -> None:
+        with self._lock:
+            self._waiting.pop(future, None)
 
     def begin(self, matcher: Any) -> Walk:
         """One more answer that follows a compiled grammar."""

@@ -281,18 +281,24 @@ class Service:
         """The beginning of a format's grammar, this many times.
 
         Raises:
-            ApiError: 400 for a format that cannot be kept to, 501 without the library.
+            ApiError: 400 for a format that cannot be kept to, 501 without the library, 503 where too many are compiled.
         """
         grammars = self.grammars
         try:
             grammar = await run_in_threadpool(form.grammar)
             name = await run_in_threadpool(grammars.name, model.tokenizer, model.vocabulary, model.stop)
-            # a reader who goes away, or waits too long, does not end what others wait for
-            future = asyncio.shield(asyncio.wrap_future(grammars.compiled(name, grammar)))
+            compiled = grammars.compiled(name, grammar)
             try:
-                matcher = await asyncio.wait_for(future, COMPILE_SECONDS)
+                # a reader who goes away, or waits too long, does not end what others wait for
+                matcher = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(compiled)), COMPILE_SECONDS)
             except TimeoutError as error:
+                if not (compiled.running() or compiled.done()):
+                    text = f"{form.field}: the formats of others are being compiled; try again"
+                    raise ApiError(503, text, "compilers_busy", form.field, "server_error") from error
                 raise slow() from error
+            finally:
+                # a place that nobody waits for is free for the next; what is done has none
+                grammars.give_up(compiled)
             return [grammars.begin(matcher) for _ in range(count)]
         except GrammarError as error:
             raise ApiError(400, f"{form.field}: {error}", param=form.field) from error

@@ -200,7 +200,7 @@ class Load:
             if text == "[DONE]":
                 ended = True
                 continue
-            now, data = self._clock(), json.loads(text)
+            now, data = self._clock(), _json(text)
             if not isinstance(data, dict):
                 raise Refused("an event is no JSON object")
             if data.get("error"):
@@ -257,10 +257,17 @@ async def lines(target: Target, method: str, path: str, body: Mapping[str, Any] 
             yield line
 
 
+def _json(text: str | bytes) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("JSON that is too deep") from error
+
+
 def _said(body: bytes) -> str:
     """What an error answer says."""
     try:
-        return _message(json.loads(body))
+        return _message(_json(body))
     except ValueError:
         return body.decode("utf-8", "replace").strip()[:300] or "no more is said"
 
@@ -271,7 +278,7 @@ async def served_models(target: Target) -> list[str]:
     Raises:
         Refused, OSError, aiohttp.ClientError, ValueError: It does not.
     """
-    found = json.loads(b"".join([line async for line in lines(target, "GET", "/models")]))
+    found = _json(b"".join([line async for line in lines(target, "GET", "/models")]))
     try:
         return [str(model["id"]) for model in found["data"]]
     except (KeyError, TypeError) as error:

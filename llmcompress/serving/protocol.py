@@ -97,7 +97,8 @@ class Ask(BaseModel):
     """What both endpoints take."""
 
     model_config = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
-    model: str
+    # beyond OpenAI, as vLLM has it: may be left out where one model is served
+    model: str | None = None
     # where a request is silent, the model's generation_config.json decides, else 1 as at OpenAI
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, ge=0, le=1)
@@ -232,6 +233,9 @@ class Message(BaseModel):
     audio: None = None
     function_call: None = None
     annotations: Nothing = None
+    # beyond OpenAI: thoughts of an earlier answer, as servers that tell them apart name them
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
     @model_validator(mode="after")
     def _whose(self) -> Message:
@@ -239,16 +243,26 @@ class Message(BaseModel):
             raise ValueError("tool_calls: only of the assistant")
         if self.tool_call_id is not None and self.role != "tool":
             raise ValueError("tool_call_id: only with role tool")
+        if self.thoughts and self.role != "assistant":
+            raise ValueError("reasoning_content: only of the assistant")
         if self.content is None and not self.tool_calls:
             raise ValueError("a message needs content, unless it calls tools")
         # arguments that are no JSON are noticed here
         self.plain()
         return self
 
+    @property
+    def thoughts(self) -> str | None:
+        """What came before the answer."""
+        return self.reasoning_content or self.reasoning
+
     def plain(self) -> dict[str, Any]:
         """For a chat template."""
         role = "system" if self.role == "developer" else self.role
         found: dict[str, Any] = {"role": role, "content": self.content or ""}
+        if self.thoughts:
+            # under both names: templates read either
+            found |= {"reasoning_content": self.thoughts, "reasoning": self.thoughts}
         if self.tool_calls:
             found["tool_calls"] = [call.plain() for call in self.tool_calls]
         if self.role == "tool":

@@ -100,6 +100,11 @@ def test_a_completion_is_what_the_model_writes(server: Any, reference: Any) -> N
     assert answer.usage.prompt_tokens + answer.usage.completion_tokens == answer.usage.total_tokens
 
 
+def test_the_only_model_needs_no_name(server: Any) -> None:
+    status, told = server.raw("/v1/completions", b'{"prompt": "The cat", "max_tokens": 1}')
+    assert status == 200 and told["model"] == "tiny"
+
+
 def test_many_streams_at_once_join_and_leave(server: Any, reference: Any) -> None:
     prompts = [f"{word} and" for word in ("The cat", "Nobody", "She wrote", "When the rain", "a café", "seven", "door")]
     wanted = {prompt: 8 + 5 * index for index, prompt in enumerate(prompts)}
@@ -321,7 +326,7 @@ CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}
 BAD = [
     ("/v1/completions", b"{not json", 400, "not valid JSON"),
     ("/v1/completions", b"[1]", 400, "JSON object"),
-    ("/v1/completions", {"prompt": "x"}, 400, "model: Field required"),
+    ("/v1/completions", {"model": "tiny"}, 400, "prompt: Field required"),
     ("/v1/completions", {**GOOD, "model": "nobody"}, 404, "does not exist"),
     ("/v1/completions", {**GOOD, "prompt": ""}, 400, "no tokens"),
     ("/v1/completions", {**GOOD, "prompt": []}, 400, "prompt"),

@@ -231,6 +231,26 @@ def test_nobody_waits_for_the_grammar_of_another_and_all_for_one_of_theirs(
     assert stalled.made == [slow, quick] and len({id(one) for one in walks}) == 5
 
 
+def test_a_grammar_that_nobody_waits_for_leaves_the_queue(tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, other, last = of_regex("a{7}"), of_regex("b"), of_regex("c")
+    monkeypatch.setattr(grammar, "COMPILERS", 1)
+    held, stalled = Grammars(), Stalled(monkeypatch, slow)
+    name = held.name(tiny_tokenizer, len(tiny_tokenizer), (2,))
+    begun = held.compiled(name, slow)
+    assert stalled.begun.wait(60)
+    left, kept = [held.compiled(name, other) for _ in range(2)], [held.compiled(name, last) for _ in range(2)]
+    for future in (*left, kept[0], begun):
+        held.give_up(future)
+    # of two who asked one still waits; what has begun goes on
+    assert left[0].cancelled() and not kept[0].cancelled() and begun.running()
+    stalled.go.set()
+    assert held.begin(kept[1].result(60)) and held.begin(begun.result(60))
+    assert stalled.made == [slow, last]
+    # whoever asks again gets it
+    held.walk(tiny_tokenizer, len(tiny_tokenizer), (2,), other)
+    assert stalled.made == [slow, last, other]
+
+
 def test_a_pattern_that_takes_all_is_refused_before_it_decodes(
     tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

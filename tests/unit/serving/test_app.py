@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ pytest.importorskip("starlette")
 pytest.importorskip("prometheus_client")
 
 from llmcompress.inference.generate import Recommended
+from llmcompress.inference.grammar import Grammars
+from llmcompress.serving import app
 from llmcompress.serving.app import Service, application
 from llmcompress.serving.limits import Limits
 from llmcompress.serving.metrics import Metrics
@@ -96,3 +99,22 @@ def test_what_nobody_foresaw_is_an_error_in_openais_shape(tiny_tokenizer: Any) -
     error = json.loads(sent[1]["body"])["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert "inside" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("begun", "status", "words"), [(False, 503, "formats of others"), (True, 400, "longer than 20 seconds")]
+)
+def test_a_grammar_that_takes_too_long_is_told_from_one_that_others_hold_up(
+    tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, begun: bool, status: int, words: str
+) -> None:
+    pytest.importorskip("llguidance")
+    future, left = Future[Any](), list[Future[Any]]()
+    if begun:
+        future.set_running_or_notify_cancel()
+    monkeypatch.setattr(app, "COMPILE_SECONDS", 0.0)
+    monkeypatch.setattr(Grammars, "name", lambda *_: "words")
+    monkeypatch.setattr(Grammars, "compiled", lambda *_: future)
+    monkeypatch.setattr(Grammars, "give_up", lambda _, future: left.append(future))
+    sent: list[Any] = []
+    ask(tiny_tokenizer, Waiting(), {"prompt": "x", "guided_regex": "a"}, sent)
+    assert sent[0]["status"] == status and words in sent[1]["body"].decode() and left == [future]

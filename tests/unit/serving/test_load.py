@@ -138,11 +138,13 @@ def test_so_many_run_at_once_and_no_more() -> None:
         ([b'HTTP/1.1 429 Too Many Requests\r\nContent-Length: 40\r\n\r\n{"error":{"message":"too many", "a": 1}}'],
          "status 429: too many"),
         ([b"HTTP/1.1 502 Bad Gateway\r\n\r\nno server\n"], "status 502: no server"),
+        ([b"HTTP/1.1 502 Bad Gateway\r\n\r\n" + b"[" * 200_000], "status 502: [["),
         ([OK, event("a"), chunk(b'data: {"error": {"message": "it broke"}}\n\n'), END], "it broke"),
         ([OK, event("a"), b"0\r\n\r\n"], "the answer was cut off"),
         ([OK, event("a"), b"10\r\nda"], "the connection was closed"),
         ([OK, chunk(b"data: {\n\n")], "Expecting property name"),
         ([OK, chunk(b'data: {"choices": ["a"]}\n\n'), END], "an event is of another form"),
+        ([OK, chunk(b"data: " + b"[" * 200_000 + b"\n\n")], "JSON that is too deep"),
         ([OK, chunk(b"data: [1]\n\n"), END], "an event is no JSON object"),
         ([b"SSH-2.0-OpenSSH\r\n\r\n"], "this is no HTTP server"),
         ([b""], "the connection was closed"),
@@ -189,6 +191,12 @@ def test_models_of_a_server() -> None:
 
     with pytest.raises(Refused, match="list of models"):
         Fake(other).run(served_models)
+
+    async def deep(fake: Fake, writer: asyncio.StreamWriter, body: dict[str, Any]) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 200_000)
+
+    with pytest.raises(ValueError, match="too deep"):
+        Fake(deep).run(served_models)
 
 
 def test_percentiles_are_those_of_the_requests_that_succeeded() -> None:

@@ -142,6 +142,7 @@ def test_calls_and_their_results_go_to_the_template() -> None:
         {"role": "assistant", "content": None, "tool_calls": [{**CALL, "index": 0}]},
         {"role": "tool", "content": [{"type": "text", "text": "42"}], "tool_call_id": "x", "name": "f"},
         {"role": "developer", "content": "x", "name": "me"},
+        {"role": "assistant", "content": "x", "reasoning": "hm", "reasoning_content": None},
     ]
     assert [message.plain() for message in parse(ChatAsk, {**CHAT, "messages": messages}).messages] == [
         {"role": "user", "content": "x"},
@@ -151,6 +152,7 @@ def test_calls_and_their_results_go_to_the_template() -> None:
         ]},
         {"role": "tool", "content": "42", "tool_call_id": "x", "name": "f"},
         {"role": "system", "content": "x"},
+        {"role": "assistant", "content": "x", "reasoning_content": "hm", "reasoning": "hm"},
     ]  # fmt: skip
 
 
