@@ -53,6 +53,17 @@ ChatMinPOption = Annotated[
     float | None,
     typer.Option("--min-p", min=0.0, max=1.0, help="Default: the model's generation_config.json, or 0."),
 ]
+RepetitionOption = Annotated[
+    float,
+    typer.Option("--repetition-penalty", min=0.01, max=100.0, help="Above 1: less of what was there; 1 for none."),
+]
+ChatRepetitionOption = Annotated[
+    float | None,
+    typer.Option(
+        "--repetition-penalty", min=0.01, max=100.0,
+        help="Above 1: less of what was there. Default: the model's generation_config.json, or 1.",
+    ),
+]  # fmt: skip
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the random choice.")]
 EngineOption = Annotated[
     str, typer.Option("--engine", metavar="NAME", help="auto, native (one C++ call per token) or transformers.")
@@ -99,6 +110,7 @@ def generate(
     top_p: TopPOption = 1.0,
     top_k: TopKOption = 0,
     min_p: MinPOption = 0.0,
+    repetition_penalty: RepetitionOption = 1.0,
     seed: SeedOption = 0,
     as_chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
     json_schema: SchemaOption = None,
@@ -117,7 +129,7 @@ def generate(
             raise UsageError("no prompt", command_line("generate", path, "--prompt", "Once upon a time"))
         prompt = sys.stdin.read().rstrip("\n")
     prompt = _utf8(prompt)
-    how = Sampling(max_new_tokens, temperature, top_p, seed, top_k, min_p)
+    how = Sampling(max_new_tokens, temperature, top_p, seed, top_k, min_p, repetition_penalty)
     form = form_of(json_schema, regex, choice)
     writer = Writer(out, path, how, dtype, device, Speed(engine, int8_activations, head_bits), member, form)
     words = writer.render([{"role": "user", "content": prompt}]) if as_chat else prompt
@@ -137,6 +149,7 @@ def chat(
     top_p: ChatTopPOption = None,
     top_k: ChatTopKOption = None,
     min_p: ChatMinPOption = None,
+    repetition_penalty: ChatRepetitionOption = None,
     seed: SeedOption = 0,
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
     member: MemberOption = None,
@@ -151,7 +164,7 @@ def chat(
 
     A model without a chat template continues the text of the conversation instead.
     """
-    how = Sampling(max_new_tokens, temperature, top_p, seed, top_k, min_p, talk=True)
+    how = Sampling(max_new_tokens, temperature, top_p, seed, top_k, min_p, repetition_penalty, talk=True)
     writer = Writer(out, path, how, dtype, device, Speed(engine, int8_activations, head_bits), member)
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
@@ -262,13 +275,13 @@ class Sampling:
         temperature: 0 is greedy. None is what the model's makers recommend, else :data:`TALK`; so is that of top_p.
         top_p: Nucleus.
         seed: Seed of sampling.
-        top_k, min_p: Further limits; None is what the makers recommend, else none.
+        top_k, min_p, repetition: Further limits; None is what the makers recommend, else none.
         talk: Whether what the makers recommend counts at all.
     """
 
     def __init__(
         self, max_new_tokens: int, temperature: float | None, top_p: float | None, seed: int,
-        top_k: int | None = None, min_p: float | None = None, talk: bool = False,
+        top_k: int | None = None, min_p: float | None = None, repetition: float | None = None, talk: bool = False,
     ) -> None:  # fmt: skip
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
@@ -276,6 +289,7 @@ class Sampling:
         self.seed = seed
         self.top_k = top_k
         self.min_p = min_p
+        self.repetition = repetition
         self.talk = talk
 
     def of(self, model: PreTrainedModel) -> How:
@@ -283,7 +297,7 @@ class Sampling:
         from llmcompress.inference.generate import Recommended, recommended
 
         made = recommended(model.generation_config) if self.talk else Recommended()
-        asked = Recommended(self.temperature, self.top_p, self.top_k, self.min_p)
+        asked = Recommended(self.temperature, self.top_p, self.top_k, self.min_p, self.repetition)
         return made.sampling(self.max_new_tokens, self.seed, asked, TALK)
 
 

@@ -20,6 +20,7 @@ from llmcompress.errors import InputError
 from llmcompress.inference.caches import PromptReader, Snapshots, shared_prefix
 from llmcompress.inference.engine import longest
 from llmcompress.inference.native import NativeEngine, decline, open_engine
+from llmcompress.inference.penalties import Penalties, Tally
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -46,6 +47,8 @@ class Sampling:
         top_k: Only the most likely ones; 0 for all.
         seed: Seed of the draws.
         min_p: Only those with at least this share of the likeliest one's probability, up to 1; 0 for all.
+        repetition: See :class:`~llmcompress.inference.penalties.Penalties`; 1 changes nothing. A server has all of
+            these in the place of this one.
     """
 
     max_new_tokens: int
@@ -54,6 +57,7 @@ class Sampling:
     top_k: int = 0
     seed: int = 0
     min_p: float = 0.0
+    repetition: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,7 @@ class Recommended:
         temperature, top_p, top_k, min_p: As in :class:`Sampling`. A file that does not ask for sampling recommends
             none of these.
         repetition_penalty: See :class:`~llmcompress.inference.penalties.Penalties`.
+        max_new_tokens: Longest continuation.
     """
 
     temperature: float | None = None
@@ -71,6 +76,7 @@ class Recommended:
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    max_new_tokens: int | None = None
 
     def sampling(
         self, max_new_tokens: int, seed: int, asked: Recommended, otherwise: tuple[float, float] = (1.0, 1.0)
@@ -90,7 +96,7 @@ class Recommended:
         return Sampling(
             max_new_tokens, first(asked.temperature, self.temperature, otherwise[0]),
             first(asked.top_p, self.top_p, otherwise[1]), int(first(asked.top_k, self.top_k)), seed,
-            first(asked.min_p, self.min_p),
+            first(asked.min_p, self.min_p), first(asked.repetition_penalty, self.repetition_penalty, 1.0),
         )  # fmt: skip
 
 
@@ -108,13 +114,15 @@ def recommended(settings: GenerationConfig | None) -> Recommended:
 
     # with greedy decoding too
     repetition = positive("repetition_penalty")
-    repetition = None if repetition == 1 else repetition
+    repetition, most = None if repetition == 1 else repetition, positive("max_new_tokens")
+    always: dict[str, Any] = {
+        "repetition_penalty": repetition, "max_new_tokens": None if most is None else int(most),
+    }  # fmt: skip
     if given is None or not getattr(given, "do_sample", None):
-        return Recommended(repetition_penalty=repetition)
+        return Recommended(**always)
     top_k = positive("top_k")
-    return Recommended(
-        positive("temperature"), positive("top_p"), None if top_k is None else int(top_k), positive("min_p"), repetition
-    )
+    top_k = None if top_k is None else int(top_k)
+    return Recommended(positive("temperature"), positive("top_p"), top_k, positive("min_p"), **always)
 
 
 @contextmanager
@@ -259,10 +267,13 @@ class Generator:
         prompt_seconds = time.perf_counter() - began
         written: list[list[int]] = [[] for _ in prompts]
         open_slots = list(range(len(prompts)))
-        tokens = choose(_allowed(first, walk), how, draws)
+        tallies = _tallies(prompts, how, first.shape[-1])
+        tokens = choose(_weighed(first, walk, tallies), how, draws)
         while True:
             for slot, token in zip(list(open_slots), tokens.tolist()):
                 written[slot].append(token)
+                if tallies:
+                    tallies[slot].take(token)
                 if _ends(token, stop, walk) or len(written[slot]) == how.max_new_tokens:
                     open_slots.remove(slot)
             if streamer is not None:
@@ -270,8 +281,9 @@ class Generator:
             if not open_slots:
                 break
             tokens = torch.tensor([written[slot][-1] for slot in open_slots])
-            if how.temperature > 0 or walk is not None:
-                tokens = choose(_allowed(engine.step(tokens, open_slots), walk), how, draws)
+            if how.temperature > 0 or walk is not None or tallies:
+                counts = [tallies[slot] for slot in open_slots] if tallies else []
+                tokens = choose(_weighed(engine.step(tokens, open_slots), walk, counts), how, draws)
             else:
                 tokens = engine.greedy(tokens, open_slots)
         if streamer is not None:
@@ -291,7 +303,7 @@ class Generator:
         # without a stop token an impossible one: None would mean the checkpoint's own
         ends = sorted(stop) or [int(self.model.config.get_text_config().vocab_size)]
         settings = GenerationConfig(
-            max_new_tokens=how.max_new_tokens, do_sample=sampled, repetition_penalty=1.0,
+            max_new_tokens=how.max_new_tokens, do_sample=sampled, repetition_penalty=how.repetition,
             pad_token_id=ends[0], eos_token_id=ends,
             **({"temperature": how.temperature, "top_k": how.top_k, "top_p": how.top_p} if sampled else {}),
             **({"min_p": how.min_p} if sampled and how.min_p > 0 else {}),
@@ -310,9 +322,18 @@ class Generator:
         return Continuation(full[0, ids.shape[1] :].tolist(), 0.0, time.perf_counter() - began)
 
 
-def _allowed(logits: Tensor, walk: Walk | None) -> Tensor:
-    """Logits ``[B, V]``; with a grammar ``[1, V]``, with minus infinity for what may not come."""
-    return logits if walk is None else walk.restrict(logits[0].float()).unsqueeze(0)
+def _tallies(prompts: Sequence[Sequence[int]], how: Sampling, vocabulary: int) -> list[Tally]:
+    """What counts repetitions, one for each prompt; none where they cost nothing."""
+    if how.repetition == 1:
+        return []
+    return [Tally(Penalties(repetition=how.repetition), prompt, vocabulary) for prompt in prompts]
+
+
+def _weighed(logits: Tensor, walk: Walk | None, tallies: Sequence[Tally]) -> Tensor:
+    """Logits ``[B, V]``, with a grammar ``[1, V]``: minus infinity for what may not come, less for what was there."""
+    if walk is not None:
+        logits = walk.restrict(logits[0].float()).unsqueeze(0)
+    return torch.stack([tally.apply(row.float()) for tally, row in zip(tallies, logits)]) if tallies else logits
 
 
 def _ends(token: int, stop: Collection[int], walk: Walk | None) -> bool:

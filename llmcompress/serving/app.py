@@ -161,7 +161,8 @@ class Service:
         prompt = await run_in_threadpool(_render, model, messages, variables)
         self.check_prompt(model, prompt, "messages")
         room = min(self.scheduler.room(model.name), model.context or 1 << 40) - len(prompt)
-        wanted = ask.wanted or max(1, min(self.limits.default_new_tokens, self.limits.new_tokens, room))
+        usual = model.sampling.max_new_tokens or self.limits.default_new_tokens
+        wanted = ask.wanted or max(1, min(usual, self.limits.new_tokens, room))
         logprobs = (ask.top_logprobs or 0) if ask.logprobs else None
         shape = ChatShape() if tools is None else ToolShape(tools, ask.n)
         return await self.answer(request, Asked(ask, model, [prompt], wanted, logprobs, shape, tools=tools))

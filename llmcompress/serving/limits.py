@@ -20,7 +20,7 @@ class Limits:
         snapshot_bytes: Bytes of what models with states keep of prompts for that, for all sequences together.
         prompt_tokens: Tokens of one prompt.
         new_tokens: Tokens of one answer.
-        default_new_tokens: Tokens of a chat answer whose request names no number, where there is so much room.
+        default_new_tokens: Tokens of a chat answer whose request and model name no number, where there is so much room.
         choices: Answers of one request: prompts times ``n``.
         body_bytes: Bytes of one request.
         connections: Open at once; the next one gets status 503.

@@ -32,6 +32,16 @@ def test_greedy_tokens_are_those_of_transformers(decoders: Any, family: str, bit
 
 
 @needs_native
+@pytest.mark.parametrize("penalty", [0.7, 1.3])
+def test_repetitions_cost_as_in_transformers(decoders: Any, penalty: float) -> None:
+    model = decoders.dense("llama")
+    own, theirs = Generator(model, "native"), Generator(model, "transformers")
+    how = Sampling(24, repetition=penalty)
+    found, plain = [one.tokens for one in own.generate(PROMPTS, how)], own.generate(PROMPTS, Sampling(24))
+    assert found == [one.tokens for one in theirs.generate(PROMPTS, how)] != [one.tokens for one in plain]
+
+
+@needs_native
 def test_stop_tokens_end_each_sequence_alone(decoders: Any) -> None:
     model = decoders.packed("llama", 4)
     own = Generator(model)

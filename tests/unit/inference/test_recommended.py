@@ -28,6 +28,7 @@ def test_only_a_file_that_asks_for_sampling_recommends() -> None:
     for sampled in (False, True):
         made = recommended(GenerationConfig(do_sample=sampled, repetition_penalty=1.05))
         assert made == Recommended(repetition_penalty=1.05)
+        assert recommended(GenerationConfig(do_sample=sampled, max_new_tokens=9)) == Recommended(max_new_tokens=9)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,9 @@ def test_a_chat_follows_the_file_and_generate_does_not() -> None:
     assert Talk(8, None, None, 1, talk=True).of(made) == Sampling(8, 0.6, 0.95, 20, 1)
     assert Talk(8, None, None, 1, talk=True).of(model()) == Sampling(8, 0.7, 0.95, 0, 1)
     assert Talk(8, None, None, 1, 0, 0.1, talk=True).of(made) == Sampling(8, 0.6, 0.95, 0, 1, 0.1)
+    made = model(do_sample=True, temperature=0.6, top_k=20, repetition_penalty=1.2)
+    assert Talk(8, None, None, 1, talk=True).of(made) == Sampling(8, 0.6, 0.95, 20, 1, 0.0, 1.2)
+    assert Talk(8, None, None, 1, None, None, 1.0, talk=True).of(made) == Sampling(8, 0.6, 0.95, 20, 1)
     assert Talk(8, 0.9, 0.8, 1).of(made) == Sampling(8, 0.9, 0.8, 0, 1)
 
 

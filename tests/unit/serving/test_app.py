@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -43,11 +44,12 @@ class Waiting:
 
 
 def ask(
-    words: Any, scheduler: Any, body: dict[str, Any], sent: list[Any], sending: float = 0.0, patience: float = 0.0
-) -> None:
+    words: Any, scheduler: Any, body: dict[str, Any], sent: list[Any], sending: float = 0.0, patience: float = 0.0,
+    path: str = "/v1/completions", made: Recommended | None = None,
+) -> None:  # fmt: skip
     """Ask as a reader who takes so many seconds for each message and goes after others."""
     limits, metrics = Limits(), Metrics()
-    model = ServedModel("m", words, frozenset({2}), None, 300, Recommended())
+    model = ServedModel("m", words, frozenset({2}), None, 300, made or Recommended())
     app = application(Service({"m": model}, scheduler, limits, metrics), None)
     arriving = [{"type": "http.request", "body": json.dumps(body).encode()}]
 
@@ -61,7 +63,7 @@ def ask(
         await asyncio.sleep(sending)
         sent.append(message)
 
-    scope: Any = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    scope: Any = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b""}
     asyncio.run(app(scope, receive, send))
 
 
@@ -84,6 +86,19 @@ def test_which_tokens_end_an_answer(tiny_tokenizer: Any, asked: dict[str, Any], 
     scheduler = Waiting()
     ask(tiny_tokenizer, scheduler, {"model": "m", "prompt": "The", **asked}, [])
     assert scheduler.jobs[0].stop == stop
+
+
+@pytest.mark.parametrize(("asked", "made", "wanted"), [(None, None, None), (None, 9, 9), (30, 9, 30)])
+def test_a_chat_is_as_long_as_asked_or_as_the_model_says(
+    tiny_tokenizer: Any, asked: int | None, made: int | None, wanted: int | None
+) -> None:
+    words, scheduler = copy.deepcopy(tiny_tokenizer), Waiting()
+    words.chat_template = "{{ messages[0].content }}"
+    prompt = words.decode(range(10, 50))
+    room = 100 - len(words(prompt, add_special_tokens=False)["input_ids"])
+    body = {"messages": [{"role": "user", "content": prompt}], "max_tokens": asked}
+    ask(words, scheduler, body, [], path="/v1/chat/completions", made=Recommended(max_new_tokens=made))
+    assert [job.how.max_new_tokens for job in scheduler.jobs] == [wanted or room]
 
 
 def test_what_nobody_foresaw_is_an_error_in_openais_shape(tiny_tokenizer: Any) -> None:
