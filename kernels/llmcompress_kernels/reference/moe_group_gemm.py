@@ -7,7 +7,7 @@ Token t has k slots j with an expert ``e = index[t, j]`` (E for an empty slot) a
 ``G_e`` and ``U_e`` are the halves of ``gate_up[e]`` ``[2I, H]``, ``D_e`` is ``down[e]`` ``[H, I]``; where there are
 biases, each is added to its product.
 
-Only their weights are decoded, one expert at a time, so a few tokens cost a few experts and
+Only weights of experts that have tokens are decoded, one expert at a time, so a few tokens cost a few experts and
 the bank never exists in dense form.
 """
 
