@@ -434,7 +434,8 @@ def _measure_one(
     out: Output, path: str, config: EvaluateConfig, dtype: str, device: str, member: str | None
 ) -> list[dict[str, Any]]:
     from llmcompress.evaluation.ledger import Ledger
-    from llmcompress.evaluation.measure import measure_side, open_tasks, pair_scores, side_scores, task_mean
+    from llmcompress.evaluation.measure import measure_side, open_tasks
+    from llmcompress.evaluation.results import pair_scores, side_scores, task_mean
 
     opened, ledger = _open(path, dtype, device, out, member), Ledger()
     prepared = _prepare(config, opened, out)
@@ -452,16 +453,9 @@ def _measure_two(
     out: Output, first: str, second: str, config: EvaluateConfig, dtype: str, device: str
 ) -> list[dict[str, Any]]:
     """Measure A as the reference and B against it; both stay in memory for the token-by-token comparison."""
-    from llmcompress.evaluation.measure import (
-        Ledger,
-        fidelity_scores,
-        measure_pair,
-        measure_side,
-        open_tasks,
-        pair_scores,
-        side_scores,
-        task_mean,
-    )
+    from llmcompress.evaluation.ledger import Ledger
+    from llmcompress.evaluation.measure import measure_pair, measure_side, open_tasks
+    from llmcompress.evaluation.results import fidelity_scores, pair_scores, side_scores, task_mean
 
     for name in (first, second):
         model_folder(name)

@@ -429,26 +429,26 @@ class _Evaluation:
 
     def _write(self, pair: dict[str, Any] | None, shift: dict[str, Any] | None) -> None:
         """Write the files the report reads."""
-        from llmcompress.evaluation import measure
+        from llmcompress.evaluation import results
         from llmcompress.evaluation.generation import side_by_side
 
         config, ledger, prepared = self.config, self.ledger, self.prepared
-        dense = measure.side_scores("dense", config, prepared, ledger) if config.dense else None
-        compressed = measure.side_scores("compressed", config, prepared, ledger) if self.has_compressed else None
-        rows = measure.pair_scores(dense, compressed)
-        rows += measure.task_mean(rows, config.task_names()) + measure.without_policy_rows(config, ledger)
-        rows += measure.pair_scores(None, measure.fidelity_scores(pair) + measure.shift_scores(shift))
-        files: dict[str, Any] = {"texts": prepared.provenance, "positions": measure.position_table(config, ledger)}
+        dense = results.side_scores("dense", config, prepared, ledger) if config.dense else None
+        compressed = results.side_scores("compressed", config, prepared, ledger) if self.has_compressed else None
+        rows = results.pair_scores(dense, compressed)
+        rows += results.task_mean(rows, config.task_names()) + results.without_policy_rows(config, ledger)
+        rows += results.pair_scores(None, results.fidelity_scores(pair) + results.shift_scores(shift))
+        files: dict[str, Any] = {"texts": prepared.provenance, "positions": results.position_table(config, ledger)}
         if pair is not None:
             files["fidelity"] = pair
         if config.generation is not None:
             files["samples"] = side_by_side(
                 self.tokenizer, config.generation, ledger.get("dense.generation"), ledger.get("compressed.generation")
             )
-        decoding = measure.decoding_rows(prepared, ledger)
+        decoding = results.decoding_rows(prepared, ledger)
         if decoding:
             files["decoding"] = decoding
-        skipping = measure.skipping_summary(config, ledger)
+        skipping = results.skipping_summary(config, ledger)
         if skipping is not None:
             files["pesf"] = skipping
         for name, part in (shift or {}).items():

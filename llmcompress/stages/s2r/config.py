@@ -293,7 +293,7 @@ def measure_behaviour(
     import json
 
     from llmcompress.durable import write_durably
-    from llmcompress.evaluation.measure import NATIVE, written_by
+    from llmcompress.evaluation.results import NATIVE, written_by
     from llmcompress.evaluation.sampling import Sampling
     from llmcompress.evaluation.self_correction import measure, write_episodes
 

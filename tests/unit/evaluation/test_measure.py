@@ -7,7 +7,7 @@ import pytest
 from llmcompress.data.calibration import build
 from llmcompress.data.sources import InlineSource
 from llmcompress.errors import InputError
-from llmcompress.evaluation import measure
+from llmcompress.evaluation import measure, results
 from llmcompress.evaluation.ledger import Ledger
 from llmcompress.evaluation.scores import Score
 from llmcompress.evaluation.task_specs import specify
@@ -63,9 +63,9 @@ def test_finished_parts_are_not_measured_again(tiny, tiny_tokenizer):
     measure.measure_side("dense", model, tiny_tokenizer, settings, prepared, ledger, told.append)
     assert len(told) == 2 and told[0].startswith("dense: b ")
     assert told[1].startswith("dense: samples written by ")
-    (row,) = measure.decoding_rows(prepared, ledger)
+    (row,) = results.decoding_rows(prepared, ledger)
     assert row["side"] == "dense" and row["part"] == "samples" and told[1].endswith(row["written_by"])
-    scores = measure.side_scores("dense", settings, prepared, ledger)
+    scores = results.side_scores("dense", settings, prepared, ledger)
     assert [(s.task, s.metric) for s in scores][:2] == [("a", "perplexity"), ("a", "bits_per_byte")]
     assert scores[0].value == 1.5 and scores[2].task == "b" and scores[2].n == 62
     assert set(measure.side_keys(settings, prepared, "dense")) == {
@@ -88,19 +88,19 @@ def test_every_part_of_a_side_has_a_key():
 
 
 def test_who_wrote_answers_in_words():
-    assert measure.written_by(["native"]) == "the native engine"
-    assert measure.written_by(["texts are sampled"]) == "transformers: texts are sampled"
-    assert measure.written_by(["native", "a mask is set"]) == "both engines: a mask is set"
+    assert results.written_by(["native"]) == "the native engine"
+    assert results.written_by(["texts are sampled"]) == "transformers: texts are sampled"
+    assert results.written_by(["native", "a mask is set"]) == "both engines: a mask is set"
 
 
 def test_pairing_gives_difference_and_paired_error():
     dense = [Score("t", "acc", 0.5, 0.2, 4, True, (1, 0, 1, 0)), Score("t", "only", 1.0, None, 4, None)]
     compressed = [Score("t", "acc", 0.25, 0.1, 4, True, (1, 0, 0, 0))]
-    acc, only = measure.pair_scores(dense, compressed)
+    acc, only = results.pair_scores(dense, compressed)
     assert acc["difference"] == -0.25 and acc["difference_stderr"] == 0.25
     assert (acc["dense"], acc["compressed"], acc["stderr"], acc["dense_stderr"]) == (0.5, 0.25, 0.1, 0.2)
     assert only["compressed"] is None and "difference" not in only
-    (alone,) = measure.pair_scores(None, compressed)
+    (alone,) = results.pair_scores(None, compressed)
     assert alone["dense"] is None and alone["compressed"] == 0.25
 
 
@@ -113,17 +113,17 @@ def test_the_mean_of_tasks_counts_each_task_once_and_pairs_its_error():
             Score("c", "exact_match", 0.2, 0.1, 9, True),
         ]
 
-    rows = measure.pair_scores(side(0.0), side(0.25))
+    rows = results.pair_scores(side(0.0), side(0.25))
     assert [row["difference_stderr"] for row in rows[:3]] == [0.0, 0.0, 0.0]
     rows[0]["difference_stderr"], rows[2]["difference_stderr"] = 0.03, 0.04
-    (mean,) = measure.task_mean(rows, ["a", "b"])
+    (mean,) = results.task_mean(rows, ["a", "b"])
     assert (mean["task"], mean["metric"], mean["n"], mean["higher_is_better"]) == ("tasks", "mean_acc", 6, True)
     assert (mean["dense"], mean["compressed"]) == pytest.approx((0.6, 0.6)) and mean["difference"] == pytest.approx(0)
     assert mean["stderr"] == mean["dense_stderr"] == pytest.approx(0.25)
     assert mean["difference_stderr"] == pytest.approx(0.025)
     # one task is no mean, and one without an accuracy is not left out in silence
-    assert measure.task_mean(rows, ["a"]) == measure.task_mean(rows, ["a", "b", "c"]) == []
-    (alone,) = measure.task_mean(measure.pair_scores(None, side(0.0)), ["b", "a"])
+    assert results.task_mean(rows, ["a"]) == results.task_mean(rows, ["a", "b", "c"]) == []
+    (alone,) = results.task_mean(results.pair_scores(None, side(0.0)), ["b", "a"])
     assert alone["dense"] is None and alone["compressed"] == pytest.approx(0.6) and "difference" not in alone
     assert config(tasks=["piqa", "boolq"], gates={"g": {"metric": "tasks.mean_acc", "max_abs_drop": 0.01}}).task_names()
 
@@ -141,17 +141,17 @@ def test_skipping_summary_adds_up_texts_and_keeps_figures_apart():
     ledger = Ledger()
     for name, stats in {"a": skipping(8, 2, 100, 5, 0.1), "b": skipping(8, 4, 300, 35, 0.1)}.items():
         ledger.put(f"compressed.perplexity.{name}", {"perplexity": 5.0, "seconds": 1.0, "skipping": stats})
-    partial = measure.skipping_summary(settings, ledger)
+    partial = results.skipping_summary(settings, ledger)
     assert partial["experts_skipped"] == 6 / 16 and partial["slots_dropped"] == 40 / 400
     assert "seconds_without" not in partial
     for name in "ab":
         ledger.put(f"without_policies.perplexity.{name}", {"perplexity": 4.0, "seconds": 1.5})
-    whole = measure.skipping_summary(settings, ledger)
+    whole = results.skipping_summary(settings, ledger)
     assert (whole["seconds_with"], whole["seconds_without"]) == (2.0, 3.0)
     assert whole["texts"][0] == {"text": "a", "perplexity_with": 5.0, "perplexity_without": 4.0}
     assert whole["per_layer"] == [{"module": "m.0", "slots": 400, "slots_dropped": 40, "experts_used": 16,
                                    "experts_skipped": 6, "tokens": 20, "tokens_without_expert": 2}]  # fmt: skip
-    assert measure.skipping_summary(settings, Ledger()) is None
+    assert results.skipping_summary(settings, Ledger()) is None
 
 
 def test_chats_need_a_template_before_anything_is_measured(tiny_tokenizer):
