@@ -7,6 +7,7 @@ import gc
 import io
 import logging
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -35,6 +36,7 @@ from llmcompress.cli import (
     sweep,
 )
 from llmcompress.cli import command as commands
+from llmcompress.cli.elsewhere import command_here, option_here
 from llmcompress.cli.failures import translate
 from llmcompress.cli.help import tidy
 from llmcompress.cli.launch import AlreadyTold
@@ -226,8 +228,19 @@ def _usage(error: Exception) -> int:
         return ExitCode.USAGE
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "llmcompress"
-    commands.current.error(message, f"{path} --help", ExitCode.USAGE)
+    if hint := _known_elsewhere(error, message):
+        # what click finds alike is no help beside it
+        message = message.partition(" (Possible options")[0]
+    commands.current.error(message, hint or f"{path} --help", ExitCode.USAGE)
     return ExitCode.USAGE
+
+
+def _known_elsewhere(error: Exception, message: str) -> str | None:
+    """The next step for an option or a command of another tool."""
+    if isinstance(option := getattr(error, "option_name", None), str):
+        return option_here(option) if message.startswith("No such option") else None
+    command = re.match(r"No such command '([^']+)'", message)
+    return command_here(command[1]) if command else None
 
 
 def _foreign(error: Exception) -> int:

@@ -303,7 +303,7 @@ def _judged(
     except RecipeError as error:
         raise _no_such_figure(error.message) from error
     return [
-        {"metric": limit.metric, "message": f"{r.metric} is {r.value:.6g}, {r.limit}", "value": r.value,
+        {"metric": limit.metric, "message": f"{r.metric} is {r.value:.6g}, must be {r.limit}", "value": r.value,
          "passed": r.passed}
         for limit, r in zip(limits, results)
     ]  # fmt: skip

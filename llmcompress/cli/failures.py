@@ -112,5 +112,5 @@ def _disk(error: BaseException, run_dir: Path | None) -> LLMCompressError | None
             "raise the limit, or set run.dir to another file system, then resume",
         )
     if number == errno.EROFS or "read-only file system" in str(error).lower():
-        return EnvironmentProblem(f"{where}the file system is read-only", "set run.dir to a folder you can write to")
+        return EnvironmentProblem(f"{where}the file system is read-only", "name a folder that you can write to")
     return None

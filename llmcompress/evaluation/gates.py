@@ -79,7 +79,7 @@ class GateResult:
     @property
     def message(self) -> str:
         """One line for the end of a run."""
-        return f"gate {self.gate}: {self.metric} is {self.value:.6g}, {self.limit}"
+        return f"gate {self.gate}: {self.metric} is {self.value:.6g}, must be {self.limit}"
 
 
 def unknown_metrics(gates: Mapping[str, GateConfig], exact: Iterable[str], prefixes: Iterable[str] = ()) -> list[str]:
@@ -145,13 +145,13 @@ def _judge_one(gate: str, config: GateConfig, metric: Measured, reference: str) 
         increase = (value - metric.dense) / abs(metric.dense) if metric.dense else math.copysign(math.inf, value)
         if value == metric.dense:
             increase = 0.0
-        limit = f"at most {config.max_rel_increase:g} above {reference}, relative"
+        name = f"{metric.name}'s relative increase over {reference}"
         return GateResult(
-            gate, f"{metric.name} relative increase", limit, increase, increase <= config.max_rel_increase
+            gate, name, f"at most {config.max_rel_increase:g}", increase, increase <= config.max_rel_increase
         )
     allowed = config.max_abs_drop if config.max_abs_drop is not None else 0.0
     drop = metric.dense - value
-    return GateResult(gate, f"{metric.name} drop", f"at most {allowed:g} below {reference}", drop, drop <= allowed)
+    return GateResult(gate, f"{metric.name}'s drop below {reference}", f"at most {allowed:g}", drop, drop <= allowed)
 
 
 def failed(stage_dir: Path) -> list[str]:

@@ -157,7 +157,7 @@ class Plan:
         if refused:
             raise ExportError(
                 "\n".join(f"stages.{name}: {reason}" for name, reason in refused),
-                f"change the rules, or take the format out of stages.{refused[0][0]}.formats",
+                f"change the rules, or leave that format out: 'stages.{refused[0][0]}.formats=[native]'",
             )
 
     def require_budget(self) -> None:

@@ -178,7 +178,7 @@ def difference(before: Any, after: Any, prefix: str) -> list[str]:
         return []
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         if "contents" in before and "contents" in after:
-            return [f"{prefix}: the contents of the file have changed"]
+            return [f"{prefix}: another file, or its contents have changed"]
         lines = []
         for name in [*before, *(name for name in after if name not in before)]:
             path = f"{prefix}.{name}" if prefix else str(name)

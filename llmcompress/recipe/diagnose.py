@@ -68,17 +68,22 @@ _ELSEWHERE = {
     "dataset": "source", "desc_act": "act_order", "max_seq_length": "length", "max_seq_len": "length",
     "nsamples": "samples", "num_bits": "bits", "num_calibration_samples": "samples", "percdamp": "damp",
     "seqlen": "length", "sequence_length": "length", "sym": "symmetric", "wbits": "bits", "ignore": "rules",
-    "dynamic": "rules", "config_groups": "rules",
+    "dynamic": "rules", "config_groups": "rules", "scheme": "rules", "q_group_size": "group_size",
 }  # fmt: skip
 _KEPT = "rules, the first with keep: true for what stays dense"
+
+
+def renamed(word: str) -> str:
+    """The key that does what ``word`` does elsewhere, or ``word`` itself."""
+    return _ELSEWHERE.get(word.lower(), word)
 
 
 def did_you_mean(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> str:
     """`` (did you mean …?)``, or the list of candidates when there are few, or nothing."""
     names = [str(name) for name in candidates]
-    renamed = _ELSEWHERE.get(word.lower())
-    if renamed in names:
-        return f" (did you mean {_KEPT if word.lower() in ('ignore', 'dynamic') else renamed}?)"
+    here = _ELSEWHERE.get(word.lower())
+    if here in names:
+        return f" (did you mean {_KEPT if word.lower() in ('ignore', 'dynamic') else here}?)"
     lowered = {name.lower(): name for name in names}
     near = difflib.get_close_matches(word.lower(), lowered, 1, cutoff)
     if near:
@@ -321,6 +326,7 @@ def _single(path: KeyPath, error: Mapping[str, Any], data: Mapping[Any, Any], sc
 
 def _deeper(word: str, nodes: Sequence[Mapping[str, Any]], schema: Mapping[str, Any]) -> Iterator[str]:
     """Suggestions from the sections below: ``group_size`` belongs under ``rules.NAME``."""
+    word = renamed(word)
     for node in nodes:
         for section, child in (node.get("properties") or {}).items():
             for inner in _expand(child, None, schema):
@@ -348,7 +354,8 @@ def _wrong_tag(
     if tag is None:
         return f"required key {key} is missing (one of {', '.join(_tags(data, path, schema, key))})"
     known = re.findall(r"'([^']+)'", str(context["expected_tags"]))
-    return f"unknown {key} {tag!r}{did_you_mean(str(tag), known)}"
+    hint = did_you_mean(str(tag), known)
+    return f"unknown {key} {tag!r}{hint or ' (known: ' + ', '.join(sorted(known)) + ')'}"
 
 
 def _tags(data: Mapping[Any, Any], path: KeyPath, schema: Mapping[str, Any], key: str) -> list[str]:

@@ -137,11 +137,11 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), allow_missing
     lock = reader.lock
     problems = list(reader.problems)
     problems += _apply_overrides(data, overrides, reader.sources)
-    resolved, environment, found = _resolve(data)
-    problems += found
+    resolved, environment, unresolvable = _resolve(data)
+    problems += unresolvable
     missing = sorted(".".join(p) for p, value in _leaves(resolved) if value == MISSING)
     if not allow_missing:
-        problems += [Problem(tuple(p.split(".")), f"must be given, for example {p}=VALUE") for p in missing]
+        problems += [Problem(tuple(p.split(".")), f"must be given: {p}=VALUE on the command line") for p in missing]
     recipe, found = _validate(resolved)
     # what could not be resolved or is missing has been reported as such
     known = {problem.path for problem in problems} | (
@@ -149,9 +149,17 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), allow_missing
     )
     if allow_missing:
         known -= {tuple(p.split(".")) for p in missing}
-    problems += [problem for problem in found if problem.path not in known]
+    unresolved = [problem.path for problem in unresolvable]
+    problems += [
+        problem
+        for problem in found
+        # a section that lacks what could not be resolved is no second mistake
+        if problem.path not in known and not any(path[: len(problem.path)] == problem.path for path in unresolved)
+    ]
     problems += check_chain(resolved)
-    raise_problems(problems, reader.sources, _next(source))
+    # what an override says cannot be corrected in the recipe
+    again = "correct what is named and run the command again"
+    raise_problems(problems, reader.sources, again if overrides else _next(source, missing))
     assert recipe is not None
     return LoadedRecipe(
         path=path,
@@ -168,8 +176,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), allow_missing
     )
 
 
-def _next(source: str | Path) -> str:
-    return f"{_HINT} {shlex.quote(str(source))}"
+def _next(source: str | Path, missing: Sequence[str] = ()) -> str:
+    return " ".join([_HINT, shlex.quote(str(source)), *(f"{path}=VALUE" for path in missing)])
 
 
 def check_chain(data: dict[Any, Any]) -> list[Problem]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from llmcompress.recipe.diagnose import did_you_mean
+from llmcompress.recipe.diagnose import did_you_mean, renamed
 from llmcompress.recipe.documents import KeyPath, Problem, parse_value
 
 _KEY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
@@ -189,7 +189,7 @@ def _unknown(node: Any, key: str, path: KeyPath, allowed: AllowedKeys, data: Any
     add = "" if fields is not None else "; +key=value adds a new one"
     hint = did_you_mean(key, candidates)
     if "did you mean" not in hint:
-        below = list(_below(node, key, path, allowed, data))[:4]
+        below = list(_below(node, renamed(key), path, allowed, data))[:4]
         hint = f" (did you mean {' or '.join(below)}?)" if below else hint
     return f"no key {key!r}{where}{hint}{add}"
 

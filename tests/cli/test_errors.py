@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from llmcompress.cli import app as module
+from llmcompress.cli import elsewhere
 from llmcompress.cli.app import invoke
 from llmcompress.cli.failures import translate
 from llmcompress.errors import (
@@ -163,3 +165,34 @@ def test_nor_while_a_command_prints_as_it_goes(monkeypatch: pytest.MonkeyPatch) 
     fail_with(monkeypatch, SystemExit(7))
     with pytest.raises(SystemExit):
         invoke(["doctor"])
+
+
+@pytest.mark.parametrize(
+    ("words", "step"),
+    [
+        (["eval", "x", "--batch_size", "4"], "leave it out"),
+        (["eval", "--model", "x"], "first word after the command"),
+        (["eval", "x", "--tasks", "arc_easy"], "--task NAME"),
+        (["run", "gptq", "--bits", "3"], "stages.quantize.rules.linears.bits=3"),
+        (["quantize", "x"], "llmcompress run gptq model.path=FOLDER"),
+        (["list"], "llmcompress recipes ls"),
+        (["eval", "x", "--frob"], "llmcompress eval --help"),
+        (["eval", "x", "--limit", "many"], "llmcompress eval --help"),
+        (["frob"], "llmcompress --help"),
+    ],
+)
+def test_words_of_other_tools_are_answered_with_ours(
+    capsys: pytest.CaptureFixture[str], words: list[str], step: str
+) -> None:
+    assert invoke(words) == ExitCode.USAGE
+    message, _, hint = capsys.readouterr().err.partition("\nnext: ")
+    assert step in hint
+    # click finds --help like --model, and --quiet like --bits
+    assert "Possible" not in message
+
+
+def test_commands_named_for_words_of_other_tools_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    known = typer.main.get_command(module.app).commands  # type: ignore[attr-defined]
+    named = {line.split()[1] for line in elsewhere._COMMANDS.values()}
+    assert named <= set(known)
+    assert not set(elsewhere._COMMANDS) & set(known)

@@ -328,7 +328,7 @@ def test_changed_contents_of_a_file_count_as_a_changed_recipe(tmp_path: Path) ->
     execute(job(tmp_path, stages))
     assert execute(job(tmp_path, stages)).status == "nothing to do"
     text.write_text("two")
-    with pytest.raises(RecipeError, match="contents of the file have changed"):
+    with pytest.raises(RecipeError, match="or its contents have changed"):
         execute(job(tmp_path, stages))
 
 

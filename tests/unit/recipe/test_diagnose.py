@@ -14,6 +14,8 @@ stages: {quantize: {dmp: 0.1}}
     stages.quantize.dmp: unknown key (did you mean damp?)
 stages: {quantize: {ignore: [lm_head]}}
     stages.quantize.ignore: unknown key (did you mean rules, the first with keep: true for what stays dense?)
+stages: {quantize: {sym: true}}
+    stages.quantize.sym: unknown key (did you mean rules.NAME.symmetric?)
 stages: {quantize: {desc_act: true}}
     stages.quantize.desc_act: unknown key (did you mean act_order?)
 stages: {calibrate: {num_calibration_samples: 512}}
@@ -89,6 +91,17 @@ def test_a_stage_without_type_is_told_the_types(write, problems):
     write("child.yaml", "extends: good\nstages: {x: {a: 1}}\n")
     (line,) = problems("child.yaml")
     assert line.startswith("child.yaml:2: stages.x: required key type is missing (one of load, calibrate, ")
+
+
+def test_a_type_unlike_all_others_is_told_the_types(write, problems):
+    write("child.yaml", "extends: good\nstages: {x: {type: awq}}\n")
+    (line,) = problems("child.yaml")
+    assert line.startswith("child.yaml:2: stages.x.type: unknown type 'awq' (known: activations, calibrate, ")
+
+
+def test_words_of_other_tools_are_found_below(problems):
+    (line,) = problems("good.yaml", ["stages.quantize.sym=true"])
+    assert "did you mean stages.quantize.rules." in line and ".symmetric?" in line
 
 
 def test_an_empty_section_means_its_defaults(write):

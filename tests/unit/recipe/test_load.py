@@ -126,6 +126,8 @@ def test_values_from_the_environment_are_known_as_such(write, monkeypatch):
         ('vars: {a: ["${name}", "${absent}"]}', "child.yaml:2: vars.a.1: Interpolation key 'absent' not found"),
         ('run: {dir: "${oc.env:UNSET_X}"}', "child.yaml:2: run.dir: environment variable UNSET_X is not set"),
         ('vars: {a: "${vars.a}"}', "child.yaml:2: vars.a: Recursive interpolation"),
+        # the rule without its bits is no second mistake
+        ('stages: {quantize: {rules: {experts: {bits: "${x}"}}}}', "child.yaml:2: stages.quantize.rules.experts.bits"),
     ],
 )  # fmt: skip
 def test_interpolations_that_fail_are_reported_in_place(write, problems, text, line):
@@ -138,8 +140,8 @@ def test_all_missing_values_are_collected(write, problems):
     write("child.yaml", 'extends: good\nmodel: {path: "???"}\nstages: {quantize: {damp: "???"}}\n')
     found = problems("child.yaml")
     assert found == [
-        "child.yaml:2: model.path: must be given, for example model.path=VALUE",
-        "child.yaml:3: stages.quantize.damp: must be given, for example stages.quantize.damp=VALUE",
+        "child.yaml:2: model.path: must be given: model.path=VALUE on the command line",
+        "child.yaml:3: stages.quantize.damp: must be given: stages.quantize.damp=VALUE on the command line",
     ]
 
 
