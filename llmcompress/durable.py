@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,13 +28,24 @@ def write_durably(path: Path, data: bytes) -> None:
 
 @contextmanager
 def durably(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that appears as ``path``, complete, when the ``with`` block ends without an error."""
+    """A file to write that appears as ``path``, complete, when the ``with`` block ends without an error.
+
+    After an error nothing of it is left, for on a full disk its half would be in the way. An error of the system
+    that names no file gets this one.
+    """
     part = path.with_name(path.name + ".part")
-    with part.open("wb") as handle:
-        yield handle
-        handle.flush()
-        os.fsync(handle.fileno())
-    part.replace(path)
+    try:
+        with part.open("wb") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        part.replace(path)
+    except BaseException as error:
+        with suppress(OSError):
+            part.unlink()
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

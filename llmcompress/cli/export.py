@@ -48,11 +48,7 @@ def export(
     lock = str(run_dir / "recipe.lock.json")
     job = load_job(lock, [f"run.dir={quoted(str(run_dir))}"], source=run_dir / "recipe.yaml")
     out.run_dir = run_dir
-    base = Path(target) if target else run_dir / "artifact"
-    folders = {name: base if name == "native" else base.with_name(f"{base.name}-{name}") for name in formats}
-    taken = [str(folder) for folder in folders.values() if folder.exists()]
-    if taken:
-        raise ExportError(f"{', '.join(taken)}: exists already", "remove it, or give another folder with --out")
+    folders = _free_folders(Path(target) if target else run_dir / "artifact", formats)
     config: dict[str, Any] = {"type": "export", "formats": list(formats), "dir": target}
     stage = Export("export", ExportConfig.model_validate(config))
     with Runner(job, RunOptions(), out.sinks()).restored("export") as (state, ctx):
@@ -68,6 +64,21 @@ def export(
     out.result({"run_dir": str(run_dir), "artifacts": rows}, text)
 
 
+def _free_folders(base: Path, formats: list[str]) -> dict[str, Path]:
+    """Format → its folder.
+
+    Raises:
+        ExportError: One is there, such as of a command that was stopped after its first format.
+    """
+    folders = {name: base if name == "native" else base.with_name(f"{base.name}-{name}") for name in formats}
+    if taken := {name: str(folder) for name, folder in folders.items() if folder.exists()}:
+        rest = f"leave out --format {' and '.join(taken)}, " if len(taken) < len(folders) else ""
+        raise ExportError(
+            f"{', '.join(taken.values())}: exists already", f"{rest}remove it, or give another folder with --out"
+        )
+    return folders
+
+
 def _export_member(out: Output, path: Path, formats: list[str], target: str | None, member: str) -> None:
     """One member of a family as a model of its own."""
     from llmcompress.cli.family import family_folder
@@ -79,10 +90,8 @@ def _export_member(out: Output, path: Path, formats: list[str], target: str | No
         raise UsageError("--member needs --out", "give a folder for the member's model")
     artifact = FamilyArtifact(family_folder(path))
     artifact.require(member)
-    base = Path(target)
     rows: dict[str, dict[str, Any]] = {}
-    for name in dict.fromkeys(formats):
-        folder = base if name == "native" else base.with_name(f"{base.name}-{name}")
+    for name, folder in _free_folders(Path(target), formats).items():
         remark = "weights bit for bit" if name == "native" else "weights rebuilt and rounded"
         if name in ("native", "dense"):
             (write_native_member if name == "native" else write_dense_member)(artifact, member, folder)

@@ -102,10 +102,9 @@ def _disk(error: BaseException, run_dir: Path | None) -> LLMCompressError | None
     where = f"{place}: " if place else ""
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.ENOSPC, errno.EDQUOT) or "no space left on device" in str(error).lower():
-        return ResourceError(
-            f"{where}no space left on the disk",
-            "free some space and resume, set run.dir to another disk, or export fewer formats",
-        )
+        again = "free some space, then the same command again"
+        in_a_run = "free some space and resume, set run.dir to another disk, or export fewer formats"
+        return ResourceError(f"{where}no space left on the disk", again if run_dir is None else in_a_run)
     if number == errno.EFBIG:
         return ResourceError(
             f"{where}file too large for this file system or for the limit on file sizes (ulimit -f)",

@@ -549,7 +549,11 @@ def test_export_in_another_format(finished: tuple[Path, Path], capsys: pytest.Ca
     assert (folder / "config.json").exists()
     assert told(capsys, "inspect", str(folder))["kind"] == "checkpoint"
     assert invoke(["export", str(run), "--format", "dense"]) == 7
-    assert "exists already" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "exists already" in said and "leave out" not in said
+    # what was stopped after its first format goes on with the others
+    assert invoke(["export", str(run), "--format", "dense", "--format", "gguf"]) == 7
+    assert "leave out --format dense, remove it" in capsys.readouterr().err
     assert invoke(["export", str(run), "--format", "zip"]) == 2
     capsys.readouterr()
     # no recipe asked for this format, so the next step is none of a recipe's
