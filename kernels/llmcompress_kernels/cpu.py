@@ -40,6 +40,17 @@ _ready: bool | None = None
 _in_use: str | None = None
 
 
+def team(threads: int | None) -> int:
+    """Threads of a call whose threads wait for each other by spinning.
+
+    Those that spin keep a processor from whom they wait for, and a scheduler takes milliseconds to believe a yield.
+
+    Args:
+        threads: So many; None for torch's, but no more than the machine has processors.
+    """
+    return threads or min(torch.get_num_threads(), os.cpu_count() or 1)
+
+
 def architecture() -> str:
     """What this processor's kind is called on Linux: ``x86_64``, ``aarch64`` or another."""
     machine = platform.machine()

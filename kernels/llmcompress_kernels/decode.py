@@ -315,7 +315,7 @@ def step(
         logits: float32 ``[B, V]``, written; None where the decoder has a screen and only ``best`` is wanted.
         best: int64 ``[B]``, written with the index of the largest logit.
         planes: Bytes of each input of packed weights; 1 rounds them to int8 per group, 2 holds what 16-bit inputs do.
-        threads: torch's by default.
+        threads: As :func:`llmcompress_kernels.cpu.team` has it.
         layers: Half-open range of layers, all by default. With a part of them ``hidden`` is input and output.
         hidden: float32 ``[B, H]``.
         seconds: float64 ``[len(PHASES)]``, the first thread's time by phase is added.
@@ -356,7 +356,7 @@ def step(
     call = StepStruct(
         *(None if t is None else t.data_ptr() for t in given), _address(mixers),
         None if hidden is None else hidden.data_ptr(),
-        batch, planes, threads or torch.get_num_threads(), first, last, 0,
+        batch, planes, cpu.team(threads), first, last, 0,
     )  # fmt: skip
     library().llmcompress_decode_step(decoder._handle, ctypes.byref(cache._struct), ctypes.byref(call))
 
@@ -384,7 +384,7 @@ def prompt(
         slot: Which sequence of the cache.
         start: Position of the first token.
         planes: As in :func:`step`.
-        threads: torch's by default.
+        threads: As :func:`llmcompress_kernels.cpu.team` has it.
         seconds: As in :func:`step`; rounding and waiting are counted where they happen.
         member: Member of a family, whose tokens they are.
         reroute: Called once for every layer with experts, between their choice and their work.
@@ -417,7 +417,7 @@ def prompt(
     call = PromptStruct(
         *(None if t is None else t.data_ptr() for t in (tokens, hidden, seconds)),
         ctypes.cast(callback, ctypes.c_void_p), _address(mixers),
-        count, start, slot, member, planes, threads or torch.get_num_threads(), int(last), 0,
+        count, start, slot, member, planes, cpu.team(threads), int(last), 0,
     )  # fmt: skip
     library().llmcompress_decode_prompt(decoder._handle, ctypes.byref(cache._struct), ctypes.byref(call))
     if raised:

@@ -373,7 +373,7 @@ def step(
         slots: int32 ``[B]``, which sequences, all different.
         logits: float32 ``[B or more, V up to 16]`` of :meth:`Model.logits`, written.
         best: int64 ``[B]``, written with the index of the largest logit.
-        threads: torch's by default.
+        threads: As :func:`llmcompress_kernels.cpu.team` has it.
         seconds: float64 ``[len(PHASES)]``, the first thread's time by phase is added.
 
     Raises:
@@ -389,7 +389,7 @@ def step(
     _check_room(model, batch, logits, seconds)
     check_tensors(batch, slots=(slots, torch.int32, None), best=(best, torch.int64, None))
     given: tuple[Any, ...] = (tokens, slots, logits, best, seconds)
-    call = _Step(*(None if t is None else t.data_ptr() for t in given), batch, threads or torch.get_num_threads(), 0)
+    call = _Step(*(None if t is None else t.data_ptr() for t in given), batch, cpu.team(threads), 0)
     library().llmc_mamba2_step(model._handle, ctypes.byref(states._struct), ctypes.byref(call))
 
 
@@ -408,7 +408,7 @@ def prompt(
         slot: Slot whose state is replaced.
         tokens: int64 ``[T]``, at least one.
         logits: float32 ``[1 or more, V up to 16]``, of which the first row is written: the last token's.
-        threads: torch's by default.
+        threads: As :func:`llmcompress_kernels.cpu.team` has it.
         seconds: As in :func:`step`.
         first: Whether these tokens begin the prompt.
         last: Whether they end it; logits are written then.
@@ -420,7 +420,7 @@ def prompt(
     if not 0 <= slot < states.slots or len(tokens) == 0:
         raise ValueError(f"sequence {slot} of {states.slots} with {len(tokens)} tokens")
     _check_room(model, 1, logits, seconds)
-    run, workers = library().llmc_mamba2_prompt, threads or torch.get_num_threads()
+    run, workers = library().llmc_mamba2_prompt, cpu.team(threads)
     for start in range(0, len(tokens), MAX_PROMPT):
         part = tokens[start : start + MAX_PROMPT]
         begins, ends = first and start == 0, last and start + len(part) == len(tokens)

@@ -194,7 +194,7 @@ class Engine:
             Otherwise only those that the model itself rounds; others are taken as exactly as the model's own type holds
             them (:func:`planes_of`).
         head_bits: 8 quantizes the output head to 8 bits by rounding to nearest, groups of 64: not exact either.
-        threads: torch's by default.
+        threads: torch's by default, but no more than the machine has.
         screen: Keep an 8-bit copy of a dense head, by which :meth:`greedy` finds the few rows that may hold the largest
             logit and computes only those: the same tokens, half the traffic. By default where the head is more than a
             quarter of what a step reads.

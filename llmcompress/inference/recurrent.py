@@ -125,7 +125,7 @@ class RecurrentEngine:
         int8_activations: Round the inputs of all packed weights to 8 bits per 64 columns; those that the model itself
             rounds so need not be asked for.
         head_bits: 8 quantizes a dense output head to 8 bits by rounding to nearest, groups of 64: not exact.
-        threads: torch's by default.
+        threads: torch's by default, but no more than the machine has.
 
     Raises:
         InputError: The model is declined.

@@ -30,6 +30,15 @@ SHAPES = [
 ]
 
 
+def test_threads_that_spin_are_no_more_than_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    for processors, expected in ((4, 4), (8, 6), (None, 1)):
+        monkeypatch.setattr(os, "cpu_count", lambda processors=processors: processors)
+        assert cpu.team(None) == expected
+        # what is asked for is done
+        assert cpu.team(7) == 7
+
+
 @pytest.fixture(params=cpu.ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set that this CPU has."""
