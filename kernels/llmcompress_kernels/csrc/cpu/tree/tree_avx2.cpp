@@ -9,7 +9,9 @@
 namespace llmcompress {
 namespace tree_avx2 {
 #include "llmcompress/lanes_avx2.h"
+#define LLMCOMPRESS_TABLES "tables_avx2.inc"
 #include "rows.inc"
+#undef LLMCOMPRESS_TABLES
 }  // namespace tree_avx2
 const TreeVariant tree_variant = {tree_avx2::quantize_token, tree_avx2::add_node};
 }  // namespace llmcompress

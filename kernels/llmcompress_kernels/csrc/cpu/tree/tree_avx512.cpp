@@ -9,7 +9,7 @@
 namespace llmcompress {
 namespace tree_avx512 {
 #include "llmcompress/lanes_avx512.h"
-#define LLMCOMPRESS_TABLES
+#define LLMCOMPRESS_TABLES "tables.inc"
 #include "rows.inc"
 #undef LLMCOMPRESS_TABLES
 }  // namespace tree_avx512

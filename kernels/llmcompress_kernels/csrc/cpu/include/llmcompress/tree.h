@@ -9,7 +9,7 @@
 //   [unit][token][plane][32 bytes]   fixed-point numbers of `planes` bytes (see lowbit.h), one scale to a chunk
 //
 // Tokens of a model are neighbours, models are sorted along the tree, so a node's tokens are a range of bytes at a
-// constant distance. One-bit nodes may read tables of partial sums instead (cpu/tree/tables.inc):
+// constant distance. One-bit nodes may read tables of partial sums instead (cpu/tree/tables*.inc):
 //
 //   [16 columns][token][plane][64 entries]
 //
@@ -78,7 +78,7 @@ struct TreeActivations {
     float* scale;  // [chunk][token]
     float* sum;    // [chunk][token]: scale * sum of the numbers
     uint8_t* tables;  // where a node has one bit, like the rest
-    int32_t* middle;  // [chunk][token]: half the sum of the numbers' sizes, rounded down
+    int32_t* middle;  // [chunk][token]: half the sum of the numbers' sizes, rounded down; for AVX2 the sum of negative numbers
     float* odd;       // [chunk][token]: scale * what that rounding takes away
     int64_t tokens;
     int planes;  // 2 or 3
