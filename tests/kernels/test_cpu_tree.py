@@ -85,15 +85,18 @@ def test_sums_of_one_bit_nodes_keep_their_largest_and_smallest_numbers(isa: str,
 @pytest.mark.parametrize("bits", [1, 2, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sums_of_a_chunk_keep_the_lowest_digits_that_there_are(isa: str, bits: int, dtype: torch.dtype) -> None:
-    """Codes as large and digits but the highest as small as can be: sums of 16 bits have little room to spare."""
-    rows, columns, group = 16, 512, 256
+    """Codes as large and digits but the highest as small as can be: sums of 16 bits have little room to spare.
+
+    Tokens are eight, four and one, which may add up in different ways.
+    """
+    rows, columns, group, tokens = 16, 512, 256, 13
     # as fixed-point numbers, of which the first of a chunk fixes the place: 2^13 and 128, 2^20 and 255 * 128
-    x = torch.full((3, columns), 32640 * 2.0**-20 if dtype == torch.float32 else 2.0**-6, dtype=dtype)
+    x = torch.full((tokens, columns), 32640 * 2.0**-20 if dtype == torch.float32 else 2.0**-6, dtype=dtype)
     x[:, ::group] = 1.0
     stored, steps = [pack(torch.full((rows, columns), (1 << bits) - 1, dtype=torch.uint8), bits)], torch.ones(rows, 2)
     parts = tree.planes(stored, [steps.half()], [bits], [1.0], group, columns)
-    got = tree.product(x, parts, [(0, 3)], rows, group)
-    expected = delta_decode(x.double(), stored, [steps.half()], torch.tensor([(0, 3)]), [bits], [1.0], group)
+    got = tree.product(x, parts, [(0, tokens)], rows, group)
+    expected = delta_decode(x.double(), stored, [steps.half()], torch.tensor([(0, tokens)]), [bits], [1.0], group)
     torch.testing.assert_close(got.double(), expected, rtol=1e-6 if dtype == torch.float32 else 2.0**-8, atol=0)
 
 

@@ -80,13 +80,15 @@ struct TreeActivations {
     uint8_t* tables;  // where a node has one bit, like the rest
     int32_t* middle;  // [chunk][token]: half the sum of the numbers' sizes, rounded down; for AVX2 the sum of negative numbers
     float* odd;       // [chunk][token]: scale * what that rounding takes away
+    int16_t* pairs;   // [unit][token][32] of two planes, in the order of cpu/tree/pairs.inc; for AVX2
     int64_t tokens;
     int planes;  // 2 or 3
 };
 
 inline size_t tree_activation_bytes(const TreeShape& s, int64_t tokens, int planes) {
-    const int64_t each = planes * (s.units * UNIT + s.table_bytes()) + s.chunks * 4 * int64_t(sizeof(float));
-    return size_t(tokens * each + 6 * 64);
+    const int64_t each = planes * (s.units * UNIT + s.table_bytes()) + s.units * UNIT * int64_t(sizeof(int16_t)) +
+                          s.chunks * 4 * int64_t(sizeof(float));
+    return size_t(tokens * each + 7 * 64);
 }
 
 inline TreeActivations place_tree_activations(const TreeShape& s, int64_t tokens, int planes, void* memory) {
@@ -98,6 +100,7 @@ inline TreeActivations place_tree_activations(const TreeShape& s, int64_t tokens
     a.tables = parts.take<uint8_t>(tokens * planes * s.table_bytes());
     a.middle = parts.take<int32_t>(tokens * s.chunks);
     a.odd = parts.take<float>(tokens * s.chunks);
+    a.pairs = parts.take<int16_t>(tokens * s.units * UNIT);
     a.tokens = tokens;
     a.planes = planes;
     return a;
