@@ -459,11 +459,30 @@ def _render(
         raise ApiError(400, f"{model.name} has no chat template; use /v1/completions", "no_chat_template", "model")
     from jinja2.exceptions import TemplateError
 
+    def write(messages: list[dict[str, Any]]) -> str:
+        how = {"add_generation_prompt": True, **variables}
+        return str(words.apply_chat_template(messages, tokenize=False, **how))
+
     try:
-        text = words.apply_chat_template(messages, tokenize=False, **{"add_generation_prompt": True, **variables})
+        try:
+            text = write(messages)
+        except TypeError:
+            # DeepSeek's templates want arguments of earlier calls as text
+            text = write([_worded(message) for message in messages])
     except (TemplateError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ApiError(400, f"messages: the chat template refuses them: {error}", param="messages") from error
     return list(words(text, add_special_tokens=special)["input_ids"])
+
+
+def _worded(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose calls have their arguments as text."""
+    if "tool_calls" not in message:
+        return message
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
 
 
 async def _json(request: Request) -> Any:

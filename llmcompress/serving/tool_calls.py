@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 from llmcompress.serving.text import loads, overlap
 
-Style = Literal["hermes", "llama3", "mistral", "mistral_named", "qwen_xml", "glm_xml"]
+Style = Literal["hermes", "llama3", "mistral", "mistral_named", "qwen_xml", "glm_xml", "deepseek_v3", "deepseek_v31"]
 OPENERS: dict[Style, str] = {
     "hermes": "<tool_call>", "llama3": "<|python_tag|>", "mistral": "[TOOL_CALLS]", "mistral_named": "[TOOL_CALLS]",
-    "qwen_xml": "<tool_call>", "glm_xml": "<tool_call>",
+    "qwen_xml": "<tool_call>", "glm_xml": "<tool_call>", "deepseek_v3": "<｜tool▁call▁begin｜>",
+    "deepseek_v31": "<｜tool▁call▁begin｜>",
 }  # fmt: skip
 CLOSER = "</tool_call>"
 _BLANKS = " \t\r\n"

@@ -12,14 +12,14 @@ from llmcompress.inference.grammar import inline_schema
 from llmcompress.serving.structured import OBJECT, Form
 from llmcompress.serving.text import loads, specials
 from llmcompress.serving.tool_calls import CLOSER, OPENERS, CallStream, Style
-from llmcompress.serving.xml_calls import FORMS, XmlCallStream
+from llmcompress.serving.xml_calls import CLOSERS, FORMS, FRAMES, SEPARATOR, XmlCallStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_TOOLS = 128
-# tokens of GLM's between those that announce and end a call
-XML_WORDS = ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+# tokens of GLM's and DeepSeek's beside those that announce and end a call
+OTHER_WORDS = ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", SEPARATOR, *FRAMES)
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]
 
 
@@ -100,6 +100,8 @@ def style_of(template: str) -> Style | None:
     if "<tool_call>" in template:
         # Qwen3-Coder and GLM-4.5 write XML between the same words
         return "qwen_xml" if "<function=" in template else "glm_xml" if "<arg_key>" in template else "hermes"
+    if OPENERS["deepseek_v3"] in template:
+        return "deepseek_v3" if "```json" in template else "deepseek_v31"
     if "[TOOL_CALLS]" in template:
         return "mistral_named" if "[ARGS]" in template else "mistral"
     if '"parameters"' in template and ("<|python_tag|>" in template or "ipython" in template):
@@ -133,7 +135,7 @@ class Toolbox:
 
     def kept(self, words: PreTrainedTokenizerBase) -> frozenset[int]:
         """Special tokens that say something about calls."""
-        wanted = {OPENERS[self.style], CLOSER, "[ARGS]", "[CALL_ID]", *XML_WORDS}
+        wanted = {OPENERS[self.style], CLOSERS.get(self.style, CLOSER), "[ARGS]", "[CALL_ID]", *OTHER_WORDS}
         added = _added(words)
         return specials(words).intersection(added[text] for text in wanted if text in added)
 
@@ -152,7 +154,8 @@ class Toolbox:
         if not self.forced and answer is None and not any(function.strict for function in self.functions):
             return None
         if self.style in FORMS:
-            raise ValueError("this model writes calls as XML, which is not enforced: neither strict nor required")
+            text = "this model does not write calls as JSON, which alone is enforced: neither strict nor required"
+            raise ValueError(text)
         lines = [f"call: {' | '.join(self._calls(words))}", f"calls: {self._listed(words)}"]
         if self.forced:
             lines.append("start: calls")

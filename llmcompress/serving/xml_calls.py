@@ -1,6 +1,7 @@
-"""Calls of tools that a model writes as XML between the words of Hermes: Qwen3-Coder's and GLM-4.5's.
+"""Calls of tools that are no JSON as a whole: Qwen3-Coder's and GLM-4.5's, which are XML between the words of Hermes,
+and DeepSeek's, a name and JSON between words of its own.
 
-A value has no type there: what the tool's schema calls a string is text, all else is read as JSON, and where it may be
+In XML a value has no type: what the tool's schema calls a string is text, all else is read as JSON, and where it may be
 both, what it takes decides. So a call is told when it is complete, where calls in JSON are told as they come.
 """
 
@@ -14,10 +15,13 @@ from typing import Any
 from llmcompress.serving.text import loads, overlap
 from llmcompress.serving.tool_calls import CLOSER, OPENERS, Said, Style, call_id
 
-OPENER = OPENERS["qwen_xml"]
+CLOSERS: dict[Style, str] = {"deepseek_v3": "<｜tool▁call▁end｜>", "deepseek_v31": "<｜tool▁call▁end｜>"}
+SEPARATOR = "<｜tool▁sep｜>"
+# around all calls of DeepSeek; they say nothing
+FRAMES = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
 _BLANKS = " \t\r\n"
-# a call's name and the rest, and a parameter's name and value in that
-FORMS: dict[Style, tuple[re.Pattern[str], re.Pattern[str]]] = {
+# a call's name and the rest, and a parameter's name and value in that, None where it is JSON
+FORMS: dict[Style, tuple[re.Pattern[str], re.Pattern[str] | None]] = {
     "qwen_xml": (
         re.compile(r"\s*<function=([^>\n]+)>(.*?)</function>\s*", re.DOTALL),
         re.compile(r"\s*<parameter=([^>\n]+)>(.*?)</parameter>", re.DOTALL),
@@ -26,7 +30,11 @@ FORMS: dict[Style, tuple[re.Pattern[str], re.Pattern[str]]] = {
         re.compile(r"\s*([^<\s]+)\s*(.*)", re.DOTALL),
         re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL),
     ),
-}
+    "deepseek_v3": (
+        re.compile(rf"\s*function{SEPARATOR}([^\n]+?)\s*\n```(?:json)?\n(.*)\n```\s*", re.DOTALL), None,
+    ),
+    "deepseek_v31": (re.compile(rf"\s*([^\n]+?)\s*{SEPARATOR}(.*)", re.DOTALL), None),
+}  # fmt: skip
 # as Python and JSON write them: Qwen's template shows the former
 _WORDS: dict[str, Any] = {"true": True, "false": False, "none": None, "null": None}
 # what a schema may call a value
@@ -48,6 +56,9 @@ def read_call(style: Style, text: str, tools: Mapping[str, Mapping[str, Any]]) -
     found = whole.fullmatch(text)
     if found is None or found[1] not in tools:
         return None
+    if part is None:
+        given = _json(found[2])
+        return (found[1], given) if isinstance(given, dict) else None
     arguments, at = dict[str, Any](), 0
     while one := part.match(found[2], at):
         arguments[one[1].strip()] = _value(one[2], _kinds(tools[found[1]], one[1].strip()))
@@ -77,14 +88,20 @@ def _value(text: str, kinds: set[str]) -> Any:
     if kinds == {"string"}:
         return text
     word = text.strip()
+    found = _json(word, _WORDS.get(word.lower(), text))
+    # digits are a text where the tool takes texts and no numbers
+    return text if "string" in kinds and not kinds & _KINDS[type(found)] else found
+
+
+def _json(text: str, otherwise: Any = None) -> Any:
+    """What JSON says."""
     try:
-        found = loads(word)
+        found = loads(text)
         # json reads numbers that are none in JSON
         json.dumps(found, allow_nan=False)
     except (ValueError, RecursionError):
-        found = _WORDS.get(word.lower(), text)
-    # digits are a text where the tool takes texts and no numbers
-    return text if "string" in kinds and not kinds & _KINDS[type(found)] else found
+        return otherwise
+    return found
 
 
 class XmlCallStream:
@@ -98,6 +115,8 @@ class XmlCallStream:
 
     def __init__(self, style: Style, tools: Mapping[str, Mapping[str, Any]], several: bool = True) -> None:
         self._style, self._tools, self._several = style, tools, several
+        self._opener, self._closer = OPENERS[style], CLOSERS.get(style, CLOSER)
+        self._frames = FRAMES if style in CLOSERS else ()
         self._pending = self._blank = ""
         self._inside = False
         self.count = 0
@@ -106,30 +125,36 @@ class XmlCallStream:
         """Take some more of the answer in."""
         self._pending += text
         said = Said("", [])
-        while self._inside or OPENER in self._pending:
+        while self._inside or self._opener in self._pending:
             if not self._inside:
-                before, _, self._pending = self._pending.partition(OPENER)
-                self._say(said, before)
+                before, _, self._pending = self._pending.partition(self._opener)
+                self._say(said, self._unframed(before))
                 self._inside = True
-            if CLOSER not in self._pending:
+            if self._closer not in self._pending:
                 return said
-            call, _, self._pending = self._pending.partition(CLOSER)
+            call, _, self._pending = self._pending.partition(self._closer)
             self._inside = False
             self._tell(said, call)
-        kept = overlap(self._pending, OPENER)
+        self._pending = self._unframed(self._pending)
+        kept = max(overlap(self._pending, word) for word in (self._opener, *self._frames))
         self._say(said, self._pending[: len(self._pending) - kept])
         self._pending = self._pending[len(self._pending) - kept :]
         return said
 
     def end(self) -> Said:
         """No more comes; a call that is cut short is text."""
-        rest = f"{OPENER if self._inside else ''}{self._pending}"
+        rest = f"{self._opener if self._inside else ''}{self._pending}"
         self._pending, self._inside = "", False
         said = Said("", [])
         self._say(said, rest)
         # blanks around calls belong to them
         said.content += self._blank if not self.count else ""
         return said
+
+    def _unframed(self, text: str) -> str:
+        for word in self._frames:
+            text = text.replace(word, "")
+        return text
 
     def _say(self, said: Said, text: str) -> None:
         """Text; blanks wait for what follows."""
@@ -141,7 +166,7 @@ class XmlCallStream:
     def _tell(self, said: Said, text: str) -> None:
         found = read_call(self._style, text, self._tools)
         if found is None:
-            self._say(said, f"{OPENER}{text}{CLOSER}")
+            self._say(said, f"{self._opener}{text}{self._closer}")
             return
         self._blank, self.count = "", self.count + 1
         if self.count > 1 and not self._several:

@@ -207,7 +207,7 @@ def test_calls_in_xml_whole_and_streamed(
         assert content == "Well." and found == [(0, '{"city": "Rome"}'), (1, '{"city": "Oslo"}')]
         (single,) = chat(running, **asked, parallel_tool_calls=False).choices
         assert len(single.message.tool_calls) == 1
-        with pytest.raises(openai.BadRequestError, match="XML, which is not enforced"):
+        with pytest.raises(openai.BadRequestError, match="JSON, which alone is enforced"):
             chat(running, tool_choice="required")
     finally:
         running.stop()

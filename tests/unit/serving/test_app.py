@@ -101,6 +101,16 @@ def test_a_chat_is_as_long_as_asked_or_as_the_model_says(
     assert [job.how.max_new_tokens for job in scheduler.jobs] == [wanted or room]
 
 
+@pytest.mark.parametrize("template", ["{{ 'at ' + value }}", "{{ 'at ' }}{{ value | tojson }}"])
+def test_arguments_of_earlier_calls_are_as_a_template_takes_them(tiny_tokenizer: Any, template: str) -> None:
+    words, scheduler = copy.deepcopy(tiny_tokenizer), Waiting()
+    words.chat_template = template.replace("value", "messages[0].tool_calls[0].function.arguments")
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
+    body = {"messages": [{"role": "assistant", "tool_calls": [call]}]}
+    ask(words, scheduler, body, [], path="/v1/chat/completions")
+    assert [words.decode(job.prompt) for job in scheduler.jobs] == [words.decode(words('at {"a": 1}')["input_ids"])]
+
+
 def test_what_nobody_foresaw_is_an_error_in_openais_shape(tiny_tokenizer: Any) -> None:
     class Broken(Waiting):
         def submit(self, jobs: Sequence[Job]) -> None:

@@ -35,6 +35,8 @@ STYLES: tuple[Style, ...] = ("hermes", "llama3", "mistral", "mistral_named")
         ('{{ \'<tool_call>\\n{"name": "\' + call.name }}', "hermes"),
         ("{{ '<tool_call>\\n<function=' + call.name }}", "qwen_xml"),
         ("{{ '<tool_call>' + name }}<arg_key>", "glm_xml"),
+        ("{{ '<｜tool▁call▁begin｜>' + type + '<｜tool▁sep｜>' + name + '\n```json\n' }}", "deepseek_v3"),
+        ("{{ '<｜tool▁call▁begin｜>' + name + '<｜tool▁sep｜>' }}", "deepseek_v31"),
         ("{{ '[TOOL_CALLS] [' }}", "mistral"),
         ("{{ '[TOOL_CALLS]' + name + '[ARGS]' }}", "mistral_named"),
         ("{{ '{\"name\": \"' + name + '\", ' }}{{ '\"parameters\": ' }}<|start_header_id|>ipython", "llama3"),
@@ -45,12 +47,12 @@ def test_how_a_model_calls_is_read_off_its_template(template: str, style: Style 
     assert style_of(template) == style
 
 
-@pytest.mark.parametrize("style", ["qwen_xml", "glm_xml"])
-def test_xml_is_read_and_not_enforced(style: Style, tiny_tokenizer: Any) -> None:
+@pytest.mark.parametrize("style", ["qwen_xml", "glm_xml", "deepseek_v3", "deepseek_v31"])
+def test_other_calls_than_json_are_read_and_not_enforced(style: Style, tiny_tokenizer: Any) -> None:
     loose = tuple(Function(name=one.name, parameters=one.parameters) for one in FUNCTIONS)
     assert Toolbox(style, loose, True).form(tiny_tokenizer, None) is None
     for box in (Toolbox(style, FUNCTIONS, True), Toolbox(style, loose, True, forced=True)):
-        with pytest.raises(ValueError, match="XML, which is not enforced"):
+        with pytest.raises(ValueError, match="JSON, which alone is enforced"):
             box.form(tiny_tokenizer, None)
 
 

@@ -1,4 +1,4 @@
-"""XML calls, as Qwen3-Coder's and GLM-4.5's templates show them, in pieces of any size."""
+"""Calls as the templates of Qwen3-Coder, GLM-4.5, DeepSeek-V3 and V3.1 show them, in pieces of any size."""
 
 from __future__ import annotations
 
@@ -36,6 +36,14 @@ def glm(name: str, values: dict[str, str]) -> str:
 WRITERS: dict[Style, Any] = {"qwen_xml": qwen, "glm_xml": glm}
 both = pytest.mark.parametrize("style", WRITERS)
 sizes = pytest.mark.parametrize("size", [1, 2, 5, 11, 10_000])
+
+
+def deepseek(name: str, arguments: str) -> str:
+    return f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n{arguments}\n```<｜tool▁call▁end｜>"
+
+
+def deepseek_v31(name: str, arguments: str) -> str:
+    return f"<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>{arguments}<｜tool▁call▁end｜>"
 
 
 def read(style: Style, text: str, size: int, several: bool = True) -> tuple[str, list[tuple[str, Any]], XmlCallStream]:
@@ -97,3 +105,26 @@ def test_what_is_no_call_is_text_as_it_was(style: Style, size: int, name: str) -
 @both
 def test_values_have_the_types_that_their_tool_names(style: Style, name: str, text: str, value: Any) -> None:
     assert read(style, WRITERS[style]("weather", {name: text}), 7)[1] == [("weather", {name: value})]
+
+
+deepseeks = pytest.mark.parametrize(
+    ("style", "write"), [("deepseek_v3", deepseek), ("deepseek_v31", deepseek_v31)]
+)  # fmt: skip
+
+
+@deepseeks
+@sizes
+def test_calls_of_deepseek_and_the_text_before_them(style: Style, write: Any, size: int) -> None:
+    calls = f"{write('weather', json.dumps(VALUES))}\n{write('now', '{}')}"
+    text = f"Let me < see.\n<｜tool▁calls▁begin｜>{calls}<｜tool▁calls▁end｜>"
+    content, found, stream = read(style, text, size)
+    assert (content, found, stream.count) == ("Let me < see.", [("weather", VALUES), ("now", {})], 2)
+    assert read(style, text, size, several=False)[1] == [("weather", VALUES)]
+
+
+@deepseeks
+@sizes
+def test_what_is_no_call_of_deepseek_is_text(style: Style, write: Any, size: int) -> None:
+    for call in (write("other", "{}"), write("now", "[1]"), write("now", '{"a": NaN}'), write("now", '{"a": 1}')[:-30]):
+        assert read(style, f"a {call} b", size)[:2] == (f"a {call} b", [])
+    assert read(style, "a <｜tool▁ b <｜too", size)[:2] == ("a <｜tool▁ b <｜too", [])
