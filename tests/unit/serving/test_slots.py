@@ -100,3 +100,9 @@ def test_without_keeping_the_same_place_serves_again() -> None:
     slots.give_back(first)
     slot, source, count = slots.take(SYSTEM, None)
     assert (slot, source, count, slot.tokens) == (first, None, 0, [])
+
+
+def test_a_place_that_is_gone_on_with_is_taken_and_no_other() -> None:
+    slots = Slots(3, keep=True)
+    slots.give_back(fill(slots, SYSTEM))
+    assert sorted(slots.take([*SYSTEM, number], None)[0].number for number in range(3)) == [0, 1, 2]
