@@ -320,8 +320,9 @@ def _show(found: Plan, short: list[str], screen: Console) -> None:
     before, after = bytes_text(found.dense_bytes), bytes_text(found.output_bytes)
     lines = [
         *([f"weights: {before} → {after}",
-           f"bits per weight: {found.bits_codes:.2f} in codes, {found.bits_weights:.2f} with scales and zeros, "
-           f"{found.bits_stored:.2f} over the whole model, embedding included"] if found.rules else []),
+           f"bits per weight: {found.bits_weights:.2f} where quantized, with scales and zeros; {found.bits_codes:.2f} "
+           f"over all blocks without these; {found.bits_stored:.2f} over the whole model, embedding included"]
+          if found.rules else []),
         f"peak RAM {bytes_text(found.ram)}" + (f", peak VRAM {bytes_text(found.vram)}" if cuda else "")
         + f", disk {bytes_text(found.disk)}",
     ]  # fmt: skip

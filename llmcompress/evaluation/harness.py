@@ -8,6 +8,7 @@ when a recipe names a task that is not in the catalogue.
 from __future__ import annotations
 
 import copy
+import difflib
 import logging
 import random
 import re
@@ -81,7 +82,9 @@ def _built(spec: TaskSpec) -> dict[str, Any]:
             if spec.local:
                 raise _bad_rows(spec, error) from error
             if isinstance(error, KeyError):
-                what = f"task {spec.name}: lm-eval does not know it"
+                near = difflib.get_close_matches(spec.name, manager.all_tasks, 1, 0.75)
+                guess = f" (did you mean {near[0]}?)" if near else ""
+                what = f"task {spec.name}: lm-eval does not know it{guess}"
                 raise InputError(what, "list its tasks with: lm-eval ls tasks") from error
             if isinstance(error, OSError | ValueError | datasets.exceptions.DatasetsError):
                 what = f"task {spec.name}: its data cannot be loaded: {why_not_loaded(error, silence)}"

@@ -141,3 +141,8 @@ def test_code_is_refused_before_a_run_without_the_index_of_all_tasks(monkeypatch
 def test_turns_need_a_chat():
     with pytest.raises(ValueError, match="needs apply_chat_template"):
         TaskConfig(task="gsm8k", fewshot_as_multiturn=True)
+
+
+def test_a_misspelt_task_is_told_the_nearest():
+    with pytest.raises(InputError, match=r"hellaswagg: lm-eval does not know it \(did you mean hellaswag\?\)"):
+        harness.build(specify(["hellaswagg"])[0])
