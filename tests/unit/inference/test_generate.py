@@ -39,6 +39,10 @@ def test_repetitions_cost_as_in_transformers(decoders: Any, penalty: float) -> N
     how = Sampling(24, repetition=penalty)
     found, plain = [one.tokens for one in own.generate(PROMPTS, how)], own.generate(PROMPTS, Sampling(24))
     assert found == [one.tokens for one in theirs.generate(PROMPTS, how)] != [one.tokens for one in plain]
+    # once the first has ended, each of the others still has its own count
+    ended = [one.tokens for one in own.generate(PROMPTS, how, {found[0][2]})]
+    assert ended == [one.tokens for one in theirs.generate(PROMPTS, how, {found[0][2]})]
+    assert len(ended[0]) < max(map(len, ended[1:]))
 
 
 @needs_native
