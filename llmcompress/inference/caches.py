@@ -202,24 +202,32 @@ def empty_cache(model: PreTrainedModel) -> Any:
     Raises:
         InputError: Its family has a cache of its own kind, which is not cut, copied or counted here.
     """
-    from transformers import DynamicCache
-
-    if layout_from_config(model.config.to_dict()).decays:
+    if _decays(model):
         raise InputError(
             f"models of type {model.config.model_type} have a cache of their own, which only transformers' generate "
             "knows",
             "use llmcompress generate",
         )
-    return DynamicCache(config=model.config)
+    return _plain_cache(model)
 
 
 def prompt_cache(model: PreTrainedModel) -> Any:
     """A cache of transformers that takes a whole prompt; of MiniMax-01 its own, which is read but not cut."""
-    if not layout_from_config(model.config.to_dict()).decays:
-        return empty_cache(model)
+    if not _decays(model):
+        return _plain_cache(model)
     from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
     return MiniMaxCache()
+
+
+def _decays(model: PreTrainedModel) -> bool:
+    return layout_from_config(model.config.to_dict()).decays
+
+
+def _plain_cache(model: PreTrainedModel) -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config)
 
 
 def rule_left(held: Any, block: int) -> tuple[Tensor | None, Any]:
