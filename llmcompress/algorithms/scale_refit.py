@@ -6,7 +6,8 @@ group. Let ``d_g [K]`` be the row's centred codes (code minus zero point) in gro
 
     Σ_h (d_g (H + λ I) d_hᵀ) Δ_h = d_g (H + λ I) δᵀ          for every group g
 
-and the error ``δ H δᵀ`` becomes ``δ H δᵀ − 2 Σ_g Δ_g d_g H δᵀ + Σ_gh Δ_g Δ_h d_g H d_hᵀ``.
+(to the diagonal of the system's matrix 1e-4 of its mean are added, for its Cholesky factor), and the error ``δ H δᵀ``
+becomes ``δ H δᵀ − 2 Σ_g Δ_g d_g H δᵀ + Σ_gh Δ_g Δ_h d_g H d_hᵀ``.
 
 Legend: E experts, N rows (outputs), K columns (inputs), G groups per row.
 """
