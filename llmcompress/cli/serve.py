@@ -13,6 +13,7 @@ from llmcompress.cli.evaluate import DeviceOption, DtypeOption
 from llmcompress.cli.output import Output
 from llmcompress.errors import InputError, UsageError
 from llmcompress.serving.limits import Limits
+from llmcompress.serving.thoughts import PARSERS
 from llmcompress.units import bytes_text
 
 if TYPE_CHECKING:
@@ -35,6 +36,13 @@ HostOption = Annotated[str, typer.Option("--host", help="Address to listen on; a
 NameOption = Annotated[
     str | None, typer.Option("--name", help="Name of a single model; by default that of its folder.")
 ]
+ParserOption = Annotated[
+    str,
+    typer.Option(
+        "--reasoning-parser", metavar="NAME",
+        help=f"Tell thoughts from answers: auto, as the chat template says; none; as vLLM's {', '.join(PARSERS)}.",
+    ),
+]  # fmt: skip
 PrefixOption = Annotated[
     bool,
     typer.Option(
@@ -59,6 +67,7 @@ def serve(
     engine: Annotated[
         str, typer.Option("--engine", metavar="NAME", help="auto, or transformers to keep the native engine out.")
     ] = "auto",
+    parser: ParserOption = "auto",
     access_log: Annotated[
         bool, typer.Option("--access-log", help="A line on stderr for each request: time, path, status, seconds.")
     ] = False,
@@ -96,6 +105,8 @@ def serve(
     """
     if engine not in ("auto", "transformers"):
         raise UsageError(f"--engine {engine}: unknown", "choose auto or transformers")
+    if parser not in ("auto", "none", *PARSERS):
+        raise UsageError(f"--reasoning-parser {parser}: unknown", f"choose auto, none, {', '.join(PARSERS)}")
     if name is not None and len(paths) > 1:
         raise UsageError("--name: for one model only", "leave it out; the folders' names tell several apart")
     from llmcompress.serving.served import together
@@ -115,7 +126,7 @@ def serve(
         served = together([open_served(path, name, dtype, device, limits, native=engine == "auto") for path in paths])
         for batch in served.batches:
             out.note(_described(batch))
-        server = Server(served, limits, api_key, access_log)
+        server = Server(served, limits, api_key, access_log, parser)
         data = {
             "paths": paths, "url": f"{place}/v1", "models": list(served.models), "needs_key": api_key is not None,
             "batches": served.batches,

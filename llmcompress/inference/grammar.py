@@ -139,6 +139,18 @@ def of_grammar(text: str) -> str:
     return found
 
 
+def behind(head: str, grammar: str) -> str:
+    """A grammar with something before it.
+
+    Args:
+        head: Lark that begins at ``start`` and names the grammar ``@answer``.
+        grammar: From :func:`of_schema` and the like.
+    """
+    made = json.loads(grammar) if grammar.startswith("{") else {"grammars": [{"lark_grammar": grammar}]}
+    (first, *others) = made["grammars"]
+    return json.dumps({**made, "grammars": [{"lark_grammar": head}, {**first, "name": "answer"}, *others]})
+
+
 class Walk:
     """Where one answer stands in its grammar. Not thread-safe.
 

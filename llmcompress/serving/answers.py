@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from llmcompress.serving.scheduler import Job, Piece, TokenChoice
     from llmcompress.serving.served import ServedModel
+    from llmcompress.serving.thoughts import Thinking
     from llmcompress.serving.tools import Toolbox
 
 
@@ -87,25 +88,61 @@ class CompletionShape:
 
 
 class ChatShape:
-    """``/v1/chat/completions``."""
+    """``/v1/chat/completions``.
+
+    Args:
+        answers: How many there will be.
+        tools: That they may call, None for none.
+        thinking: How they think, None where thoughts are not told apart.
+    """
 
     prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, answers: int = 1, tools: Toolbox | None = None, thinking: Thinking | None = None) -> None:
+        self._tools, self._thinking = tools, thinking
+        self._calls = [tools.stream() for _ in range(answers)] if tools is not None else []
+        self._thoughts = [thinking.stream() for _ in range(answers)] if thinking is not None else []
 
     def opening(self) -> dict[str, Any] | None:
         """The role."""
         return {"delta": {"role": "assistant", "content": ""}}
 
     def delta(self, index: int, text: str, reason: str | None) -> dict[str, Any] | None:
-        """Content."""
-        return {"delta": {"content": text} if text or reason is None else {}}
+        """Thoughts, content, and what has come of calls."""
+        told = self._told(index, text, reason is not None)
+        return {"delta": told} if told or reason is not None else None
 
     def choice(self, index: int, text: str) -> dict[str, Any]:
         """A message."""
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+        message: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
+        message.update(self._told(index, text, True))
+        if "tool_calls" in message:
+            message["content"] = message["content"] or None
+            for call in message["tool_calls"]:
+                del call["index"]
+        return {"message": message}
+
+    def _told(self, index: int, text: str, over: bool) -> dict[str, Any]:
+        """What some more of an answer adds to its message, but for what is empty."""
+        thoughts, calls = "", list[dict[str, Any]]()
+        if self._thinking is not None:
+            stream = self._thoughts[index]
+            parts = [stream.put(text), *([stream.end()] if over else [])]
+            thoughts, text = ("".join(part) for part in zip(*parts))
+            thoughts = thoughts if self._thinking.told else ""
+        if self._tools is not None:
+            said = self._calls[index].put(text)
+            text, calls = said.content, said.calls
+            if over:
+                text += self._calls[index].end().content
+        told = {"reasoning_content": thoughts, "content": text, "tool_calls": calls}
+        return {name: value for name, value in told.items() if value}
 
     def ended(self, index: int, reason: str | None) -> str | None:
-        """The same."""
-        return reason
+        """For calls, unless a certain one was asked for."""
+        tools = self._tools
+        called = tools is not None and tools.only is None and self._calls[index].count > 0
+        return "tool_calls" if called and reason == "stop" else reason
 
     def logprobs(self, words: PreTrainedTokenizerBase, choices: Sequence[TokenChoice], offset: int) -> dict[str, Any]:
         """One object for each token."""
@@ -123,47 +160,6 @@ class ChatShape:
             ],
             "refusal": None,
         }
-
-
-class ToolShape(ChatShape):
-    """``/v1/chat/completions`` with tools.
-
-    Args:
-        tools: Of the request.
-        answers: How many there will be.
-    """
-
-    def __init__(self, tools: Toolbox, answers: int) -> None:
-        self._tools = tools
-        self._streams = [tools.stream() for _ in range(answers)]
-
-    def delta(self, index: int, text: str, reason: str | None) -> dict[str, Any] | None:
-        """Content, and what has come of calls."""
-        said = self._streams[index].put(text)
-        content, calls = said.content, said.calls
-        if reason is not None:
-            content += self._streams[index].end().content
-        told = {**({"content": content} if content else {}), **({"tool_calls": calls} if calls else {})}
-        return {"delta": told} if told or reason is not None else None
-
-    def choice(self, index: int, text: str) -> dict[str, Any]:
-        """A message with calls."""
-        stream = self._streams[index]
-        said = stream.put(text)
-        content = said.content + stream.end().content
-        message: dict[str, Any] = {"role": "assistant", "content": content or None, "refusal": None}
-        if said.calls:
-            message["tool_calls"] = [
-                {key: value for key, value in call.items() if key != "index"} for call in said.calls
-            ]
-        else:
-            message["content"] = content
-        return {"message": message}
-
-    def ended(self, index: int, reason: str | None) -> str | None:
-        """For calls, unless a certain one was asked for."""
-        called = reason == "stop" and self._streams[index].count > 0 and self._tools.only is None
-        return "tool_calls" if called else reason
 
 
 def _likely(words: PreTrainedTokenizerBase, choice: TokenChoice) -> dict[str, float] | None:

@@ -24,7 +24,8 @@ from llmcompress.errors import EnvironmentProblem, InputError
 from llmcompress.inference.generate import Recommended, Sampling
 from llmcompress.inference.grammar import COMPILE_SECONDS, GrammarError, Grammars, Walk, slow
 from llmcompress.inference.penalties import Tally
-from llmcompress.serving.answers import Answers, ChatShape, CompletionShape, Shape, ToolShape
+from llmcompress.serving.answers import Answers, ChatShape, CompletionShape, Shape
+from llmcompress.serving.conversation import chat_template, rendered, tool_form, toolbox, variables
 from llmcompress.serving.guard import HEALTH, Guard, Unread
 from llmcompress.serving.limits import Limits
 from llmcompress.serving.metrics import Metrics
@@ -33,7 +34,8 @@ from llmcompress.serving.scheduler import FAILED, STOPPED, UNFOLLOWED, Busy, Job
 from llmcompress.serving.served import ServedModel
 from llmcompress.serving.structured import Form, form_of
 from llmcompress.serving.text import TextStream, loads, specials
-from llmcompress.serving.tools import NamedChoice, Toolbox, style_of
+from llmcompress.serving.thoughts import Thinking, thinking_of
+from llmcompress.serving.tools import Toolbox
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -56,6 +58,7 @@ class Asked:
         shape: Of the answer.
         echoes: Texts of the prompts, where answers begin with them.
         tools: That may be called.
+        thinking: How the answers think, None where thoughts are not told apart.
     """
 
     ask: Ask
@@ -66,6 +69,7 @@ class Asked:
     shape: Shape
     echoes: list[str] | None = None
     tools: Toolbox | None = None
+    thinking: Thinking | None = None
 
     @property
     def count(self) -> int:
@@ -81,10 +85,15 @@ class Service:
         scheduler: Decodes.
         limits: Bounds.
         metrics: Counters.
+        parser: How thoughts are told from answers; see :func:`~llmcompress.serving.thoughts.thinking_of`.
     """
 
-    def __init__(self, models: dict[str, ServedModel], scheduler: Scheduler, limits: Limits, metrics: Metrics) -> None:
+    def __init__(
+        self, models: dict[str, ServedModel], scheduler: Scheduler, limits: Limits, metrics: Metrics,
+        parser: str = "auto",
+    ) -> None:  # fmt: skip
         self.models, self.scheduler, self.limits, self.metrics = models, scheduler, limits, metrics
+        self.parser = parser
         self.created = int(time.time())
         self.grammars = Grammars()
 
@@ -154,18 +163,18 @@ class Service:
         ask = parse(ChatAsk, await _json(request))
         model = self.model(ask.model)
         messages = [message.plain() for message in ask.messages]
-        tools = _toolbox(model, ask)
-        variables: dict[str, Any] = dict(ask.chat_template_kwargs or {})
-        if tools is not None:
-            variables["tools"] = [tool.plain() for tool in ask.tools or ()]
-        prompt = await run_in_threadpool(_render, model, messages, variables)
+        template = chat_template(model, ask.tools)
+        tools = toolbox(model, ask, template)
+        text, prompt = await run_in_threadpool(rendered, model, messages, variables(ask, template))
         self.check_prompt(model, prompt, "messages")
+        thinking = thinking_of(template, text, self.parser, ask.include_reasoning)
         room = min(self.scheduler.room(model.name), model.context or 1 << 40) - len(prompt)
         usual = model.sampling.max_new_tokens or self.limits.default_new_tokens
         wanted = ask.wanted or max(1, min(usual, self.limits.new_tokens, room))
         logprobs = (ask.top_logprobs or 0) if ask.logprobs else None
-        shape = ChatShape() if tools is None else ToolShape(tools, ask.n)
-        return await self.answer(request, Asked(ask, model, [prompt], wanted, logprobs, shape, tools=tools))
+        shape = ChatShape(ask.n, tools, thinking)
+        asked = Asked(ask, model, [prompt], wanted, logprobs, shape, tools=tools, thinking=thinking)
+        return await self.answer(request, asked)
 
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a text or of a conversation."""
@@ -173,11 +182,12 @@ class Service:
         model = self.model(ask.model)
         words: Any = model.tokenizer
         if ask.messages is not None:
-            messages, variables = [message.plain() for message in ask.messages], ask.chat_template_kwargs or {}
-            how: dict[str, Any] = {"add_generation_prompt": ask.add_generation_prompt, **variables}
+            messages = [message.plain() for message in ask.messages]
+            given = ask.chat_template_kwargs or {}
+            how: dict[str, Any] = {"add_generation_prompt": ask.add_generation_prompt, **given}
             if ask.tools:
                 how["tools"] = [tool.plain() for tool in ask.tools]
-            found = await run_in_threadpool(_render, model, messages, how, bool(ask.add_special_tokens))
+            _, found = await run_in_threadpool(rendered, model, messages, how, bool(ask.add_special_tokens))
         else:
             special = ask.add_special_tokens is not False
             found = list((await run_in_threadpool(words, ask.prompt, add_special_tokens=special))["input_ids"])
@@ -227,10 +237,12 @@ class Service:
         form, penalties = form_of(ask), ask.penalties(model.sampling, ends)
         kept: frozenset[int] = frozenset()
         if asked.tools is not None:
-            form, kept = _tool_form(asked.tools, model, form), asked.tools.kept(model.tokenizer)
+            form, kept = tool_form(asked.tools, model, form), asked.tools.kept(model.tokenizer)
+        if asked.thinking is not None:
+            kept |= asked.thinking.kept(model.tokenizer)
         if any(token >= model.vocabulary for token, _ in penalties.bias):
             raise ApiError(400, f"logit_bias: token ids are 0 to {model.vocabulary - 1}", param="logit_bias")
-        walks = [None] * asked.count if form is None else await self.walks(model, form, asked.count)
+        walks = [None] * asked.count if form is None else await self.walks(asked, form)
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece]]()
         seed = secrets.randbits(62) if ask.seed is None else ask.seed
         if not ask.skip_special_tokens:
@@ -278,15 +290,17 @@ class Service:
                 "context_length_exceeded", "max_tokens",
             )  # fmt: skip
 
-    async def walks(self, model: ServedModel, form: Form, count: int) -> list[Walk | None]:
-        """The beginning of a format's grammar, this many times.
+    async def walks(self, asked: Asked, form: Form) -> list[Walk | None]:
+        """The beginning of a format's grammar, behind thoughts where there are any, for each answer.
 
         Raises:
             ApiError: 400 for a format that cannot be kept to, 501 without the library, 503 where too many are compiled.
         """
-        grammars = self.grammars
+        grammars, model = self.grammars, asked.model
         try:
             grammar = await run_in_threadpool(form.grammar)
+            if asked.thinking is not None:
+                grammar = asked.thinking.before(grammar, model.tokenizer)
             name = await run_in_threadpool(grammars.name, model.tokenizer, model.vocabulary, model.stop)
             compiled = grammars.compiled(name, grammar)
             try:
@@ -300,7 +314,7 @@ class Service:
             finally:
                 # a place that nobody waits for is free for the next; what is done has none
                 grammars.give_up(compiled)
-            return [grammars.begin(matcher) for _ in range(count)]
+            return [grammars.begin(matcher) for _ in range(asked.count)]
         except GrammarError as error:
             raise ApiError(400, f"{form.field}: {error}", param=form.field) from error
         except InputError as error:
@@ -417,73 +431,6 @@ def _failure(error: str) -> ApiError:
     draining = error == STOPPED
     text = "the server is shutting down" if draining else "the server failed to compute this answer"
     return ApiError(503 if draining else 500, text, "internal_error", kind="server_error")
-
-
-def _toolbox(model: ServedModel, ask: ChatAsk) -> Toolbox | None:
-    """The tools of a request, None for none.
-
-    Raises:
-        ApiError: 400, the model knows of no tools, or calls them in a way that is not read here.
-    """
-    if not ask.tools or ask.tool_choice == "none":
-        return None
-    words: Any = model.tokenizer
-    functions = tuple(tool.function for tool in ask.tools)
-    try:
-        template = words.get_chat_template(tools=[tool.plain() for tool in ask.tools])
-    except ValueError as error:
-        raise ApiError(400, f"{model.name} has no chat template", "no_chat_template", "model") from error
-    if "tools" not in template:
-        raise ApiError(400, f"tools: the chat template of {model.name} has none", "no_tools", "tools")
-    style = style_of(template)
-    if style is None:
-        text = f"tools: {model.name} writes calls in a way that is not read here"
-        raise ApiError(400, text, "no_tools", "tools")
-    only = ask.tool_choice.function.name if isinstance(ask.tool_choice, NamedChoice) else None
-    forced = only is not None or ask.tool_choice == "required"
-    return Toolbox(style, functions, ask.parallel_tool_calls is not False, forced, only)
-
-
-def _tool_form(tools: Toolbox, model: ServedModel, answer: Form | None) -> Form | None:
-    try:
-        return tools.form(model.tokenizer, answer)
-    except (ValueError, GrammarError) as error:
-        raise ApiError(400, f"tools: {error}", param="tools") from error
-
-
-def _render(
-    model: ServedModel, messages: list[dict[str, Any]], variables: dict[str, Any], special: bool = False
-) -> list[int]:
-    words: Any = model.tokenizer
-    if not getattr(words, "chat_template", None):
-        raise ApiError(400, f"{model.name} has no chat template; use /v1/completions", "no_chat_template", "model")
-    from jinja2.exceptions import TemplateError
-
-    def write(messages: list[dict[str, Any]]) -> str:
-        how = {"add_generation_prompt": True, **variables}
-        return str(words.apply_chat_template(messages, tokenize=False, **how))
-
-    try:
-        try:
-            text = write(messages)
-        except TypeError:
-            # DeepSeek's templates want arguments of earlier calls as text
-            text = write([_worded(message) for message in messages])
-    except (TemplateError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ApiError(400, f"messages: the chat template refuses them: {error}", param="messages") from error
-    return list(words(text, add_special_tokens=special)["input_ids"])
-
-
-def _worded(message: dict[str, Any]) -> dict[str, Any]:
-    """A message whose calls have their arguments as text."""
-    if "tool_calls" not in message:
-        return message
-    calls = []
-    for call in message["tool_calls"]:
-        # letters as they are, as the answer that was handed out had them
-        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-        calls.append({**call, "function": {**call["function"], "arguments": arguments}})
-    return {**message, "tool_calls": calls}
 
 
 async def _json(request: Request) -> Any:

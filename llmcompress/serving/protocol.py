@@ -281,6 +281,10 @@ class ChatAsk(Ask):
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP)
     # beyond OpenAI, as vLLM and llama.cpp have it: variables of the chat template
     chat_template_kwargs: TemplateVariables | None = None
+    # for templates that ask for it, or at least for whether to think
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    # beyond OpenAI, as vLLM has it
+    include_reasoning: bool = True
     tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None

@@ -83,13 +83,16 @@ class Server:
         limits: Bounds.
         api_key: Asked of every request, None for no key.
         access_log: Whether each request gets a line on stderr.
+        parser: How thoughts are told from answers; see :func:`~llmcompress.serving.thoughts.thinking_of`.
     """
 
-    def __init__(self, served: Served, limits: Limits, api_key: str | None, access_log: bool = False) -> None:
+    def __init__(
+        self, served: Served, limits: Limits, api_key: str | None, access_log: bool = False, parser: str = "auto"
+    ) -> None:
         self._access_log = access_log
         self.metrics = Metrics()
         self.scheduler = Scheduler(served.groups, limits, self.metrics)
-        service = Service(served.models, self.scheduler, limits, self.metrics)
+        service = Service(served.models, self.scheduler, limits, self.metrics, parser)
         config = uvicorn.Config(
             application(service, api_key), http=patient(limits.read_seconds), log_config=None, access_log=False,
             lifespan="off", server_header=False, limit_concurrency=limits.connections, backlog=BACKLOG,

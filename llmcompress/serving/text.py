@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 # what a decoder writes for bytes that do not end a character yet
 REPLACEMENT = "\ufffd"
+BLANKS = " \t\r\n"
 # tokens after which an unfinished character is given up: the longest is four bytes
 PATIENCE = 8
 
@@ -106,6 +107,21 @@ def specials(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     words: Any = tokenizer
     named = (number for number, token in words.added_tokens_decoder.items() if token.special)
     return frozenset([*named, *words.all_special_ids])
+
+
+def added(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Words that are one token whatever is around them."""
+    words: Any = tokenizer
+    return {str(token): number for number, token in words.added_tokens_decoder.items()}
+
+
+def word(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A word of the template in a grammar: the token that it is, else its letters.
+
+    llguidance takes added tokens in angle brackets for special ones, also where they are not.
+    """
+    ids = added(tokenizer)
+    return f"<[{ids[text]}]>" if text in ids else json.dumps(text)
 
 
 def overlap(text: str, stop: str) -> int:

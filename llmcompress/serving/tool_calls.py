@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from llmcompress.serving.text import loads, overlap
+from llmcompress.serving.text import BLANKS, loads, overlap
 
 Style = Literal["hermes", "llama3", "mistral", "mistral_named", "qwen_xml", "glm_xml", "deepseek_v3", "deepseek_v31"]
 OPENERS: dict[Style, str] = {
@@ -17,7 +17,6 @@ OPENERS: dict[Style, str] = {
     "deepseek_v31": "<｜tool▁call▁begin｜>",
 }  # fmt: skip
 CLOSER = "</tool_call>"
-_BLANKS = " \t\r\n"
 _LETTERS = string.ascii_letters + string.digits
 
 
@@ -48,7 +47,7 @@ class _Value:
             self._escaped = letter == "\\" and not self._escaped
             self._quoted = not closes
             self.done = closes and self._depth == 0
-        elif self._depth == 0 and letter in ",}]" + _BLANKS:
+        elif self._depth == 0 and letter in ",}]" + BLANKS:
             # a number or a word, which has no end of its own
             self.done = True
             return False
@@ -63,7 +62,7 @@ class _Value:
         return True
 
     def _begin(self, letter: str) -> bool:
-        if letter in _BLANKS:
+        if letter in BLANKS:
             return True
         if letter in "{[":
             self._depth = 1
@@ -102,7 +101,7 @@ class _Call:
             if self._value.done:
                 self._key, self._expects = str(_loaded(self._value.raw)), ":"
             return
-        if letter in _BLANKS:
+        if letter in BLANKS:
             return
         if letter == "}" and self._expects in ("key", ","):
             self.done = True
@@ -196,9 +195,9 @@ class CallStream:
 
     def _say(self, text: str) -> None:
         """Text; blanks wait for what follows, as those around calls belong to them."""
-        text = (self._blank + text).lstrip(_BLANKS if self._behind else "")
+        text = (self._blank + text).lstrip(BLANKS if self._behind else "")
         self._behind = self._behind and not text
-        kept = text.rstrip(_BLANKS)
+        kept = text.rstrip(BLANKS)
         self._said.content += kept
         self._blank = text[len(kept) :]
 
@@ -216,7 +215,7 @@ class CallStream:
 
     def _on_begin(self) -> bool:
         """Where a call is the whole answer and begins as any JSON does."""
-        text = self._pending.lstrip(_BLANKS)
+        text = self._pending.lstrip(BLANKS)
         if not text or self._opener.startswith(text):
             return False
         if text.startswith(self._opener):
@@ -252,7 +251,7 @@ class CallStream:
         self._call, self._value, self._told = _Call(), _Value(), False
 
     def _skip(self) -> None:
-        text = self._pending.lstrip(_BLANKS)
+        text = self._pending.lstrip(BLANKS)
         self._raw += self._pending[: len(self._pending) - len(text)]
         self._pending = text
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, StringConstraints
 
 from llmcompress.inference.grammar import inline_schema
 from llmcompress.serving.structured import OBJECT, Form
-from llmcompress.serving.text import loads, specials
+from llmcompress.serving.text import added, loads, specials, word
 from llmcompress.serving.tool_calls import CLOSER, OPENERS, CallStream, Style
 from llmcompress.serving.xml_calls import CLOSERS, FORMS, FRAMES, SEPARATOR, XmlCallStream
 
@@ -136,8 +136,8 @@ class Toolbox:
     def kept(self, words: PreTrainedTokenizerBase) -> frozenset[int]:
         """Special tokens that say something about calls."""
         wanted = {OPENERS[self.style], CLOSERS.get(self.style, CLOSER), "[ARGS]", "[CALL_ID]", *OTHER_WORDS}
-        added = _added(words)
-        return specials(words).intersection(added[text] for text in wanted if text in added)
+        ids = added(words)
+        return specials(words).intersection(ids[text] for text in wanted if text in ids)
 
     def form(self, words: PreTrainedTokenizerBase, answer: Form | None) -> Form | None:
         """What the answer must be, None for anything.
@@ -176,20 +176,18 @@ class Toolbox:
             schema = inline_schema(function.parameters if exact and function.parameters is not None else OBJECT)
             name = json.dumps(function.name)
             if self.style == "mistral_named":
-                found.append(f"{name} {_word(words, '[ARGS]')} {schema}")
+                found.append(f"{name} {word(words, '[ARGS]')} {schema}")
                 continue
             key = "parameters" if self.style == "llama3" else "arguments"
             head = f'{{"name": {name}, "{key}": '
             if self.style == "hermes":
-                found.append(
-                    f"{json.dumps(chr(10) + head)} {schema} {json.dumps('}' + chr(10))} {_word(words, CLOSER)}"
-                )
+                found.append(f"{json.dumps(chr(10) + head)} {schema} {json.dumps('}' + chr(10))} {word(words, CLOSER)}")
             else:
                 found.append(f'{json.dumps(head)} {schema} "}}"')
         return found
 
     def _listed(self, words: PreTrainedTokenizerBase) -> str:
-        opener = _word(words, OPENERS[self.style])
+        opener = word(words, OPENERS[self.style])
         if self.style == "llama3":
             return "call"
         if self.style == "mistral":
@@ -204,20 +202,6 @@ class Toolbox:
             return ["start: call | OTHER", r"OTHER: /([^{ \t\r\n](.|\n)*)?/"]
         inner = '"[" call ("," " "? call)* "]"' if self.style == "mistral" else "call"
         lines = ["start: marked* TEXT", r"TEXT: /(.|\n)*/"]
-        if opener in _added(words):
-            return [*lines, f"marked: TEXT {_word(words, opener)} {inner}"]
+        if opener in added(words):
+            return [*lines, f"marked: TEXT {word(words, opener)} {inner}"]
         return [*lines, f"marked: announced {inner}", f"announced[lazy]: TEXT {json.dumps(opener)}"]
-
-
-def _added(words: Any) -> dict[str, int]:
-    """Words that are one token whatever is around them."""
-    return {str(token): number for number, token in words.added_tokens_decoder.items()}
-
-
-def _word(words: PreTrainedTokenizerBase, text: str) -> str:
-    """A word of the template in a grammar: the token that it is, else its letters.
-
-    llguidance takes added tokens in angle brackets for special ones, also where they are not.
-    """
-    added = _added(words)
-    return f"<[{added[text]}]>" if text in added else json.dumps(text)

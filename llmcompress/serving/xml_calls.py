@@ -12,14 +12,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from llmcompress.serving.text import loads, overlap
+from llmcompress.serving.text import BLANKS, loads, overlap
 from llmcompress.serving.tool_calls import CLOSER, OPENERS, Said, Style, call_id
 
 CLOSERS: dict[Style, str] = {"deepseek_v3": "<｜tool▁call▁end｜>", "deepseek_v31": "<｜tool▁call▁end｜>"}
 SEPARATOR = "<｜tool▁sep｜>"
 # around all calls of DeepSeek; they say nothing
 FRAMES = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
-_BLANKS = " \t\r\n"
 # a call's name and the rest, and a parameter's name and value in that, None where it is JSON
 FORMS: dict[Style, tuple[re.Pattern[str], re.Pattern[str] | None]] = {
     "qwen_xml": (
@@ -63,7 +62,7 @@ def read_call(style: Style, text: str, tools: Mapping[str, Mapping[str, Any]]) -
     while one := part.match(found[2], at):
         arguments[one[1].strip()] = _value(one[2], _kinds(tools[found[1]], one[1].strip()))
         at = one.end()
-    return None if found[2][at:].strip(_BLANKS) else (found[1], arguments)
+    return None if found[2][at:].strip(BLANKS) else (found[1], arguments)
 
 
 def _kinds(schema: Mapping[str, Any], name: str) -> set[str]:
@@ -159,7 +158,7 @@ class XmlCallStream:
     def _say(self, said: Said, text: str) -> None:
         """Text; blanks wait for what follows."""
         text = self._blank + text
-        kept = text.rstrip(_BLANKS)
+        kept = text.rstrip(BLANKS)
         said.content += kept
         self._blank = text[len(kept) :]
 

@@ -17,7 +17,8 @@ pytest.importorskip("prometheus_client")
 from llmcompress.inference.generate import Recommended
 from llmcompress.inference.grammar import Grammars
 from llmcompress.serving import app
-from llmcompress.serving.app import Service, _worded, application
+from llmcompress.serving.app import Service, application
+from llmcompress.serving.conversation import worded
 from llmcompress.serving.limits import Limits
 from llmcompress.serving.metrics import Metrics
 from llmcompress.serving.scheduler import Job
@@ -113,7 +114,7 @@ def test_arguments_of_earlier_calls_are_as_a_template_takes_them(tiny_tokenizer:
 
 def test_arguments_as_text_keep_their_letters() -> None:
     message = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"city": "Zürich"}}}]}
-    assert _worded(message)["tool_calls"][0]["function"]["arguments"] == '{"city": "Zürich"}'
+    assert worded(message)["tool_calls"][0]["function"]["arguments"] == '{"city": "Zürich"}'
 
 
 def test_what_nobody_foresaw_is_an_error_in_openais_shape(tiny_tokenizer: Any) -> None:
