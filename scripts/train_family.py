@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from training.allocator import keep_arenas
 from training.data import Batches, Source, read_texts
 from training.loop import save_atomic
+from training.precision import autocast
 
 MEMBERS = ("doyle", "shakespeare", "maths", "chat", "spanish", "code")
 MIX = {"books": 0.57, "spanish": 0.12, "code": 0.14, "maths": 0.1, "shakespeare": 0.04, "chat": 0.03}
@@ -124,13 +125,6 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min(1.0, (step + 1) / warmup, (steps - step) / decay)
 
 
-def precision(device: str) -> Any:
-    """Matrix products in bf16 over fp32 weights."""
-    import torch
-
-    return torch.autocast(torch.device(device).type, torch.bfloat16)
-
-
 def heldout_rows(tokenizer: Any, texts: Path, domain: str, windows: int = 48) -> Any:
     """Windows of one domain's held-out text, ``[S, LENGTH + 1]``."""
     import torch
@@ -148,7 +142,7 @@ def heldout_loss(model: Any, rows: Any) -> float:
 
     rows = rows.to(model.device)
     model.eval()
-    with torch.inference_mode(), precision(str(model.device)):
+    with torch.inference_mode(), autocast(str(model.device)):
         logits = torch.cat([model(part[:, :-1]).logits.float() for part in rows.split(8)])
     model.train()
     return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item()
@@ -177,7 +171,7 @@ def fit(model: Any, batches: Batches, steps: int, peak: float, folder: Path, eve
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak)
         rows = batches(step)[0].to(model.device)
-        with precision(str(model.device)):
+        with autocast(str(model.device)):
             logits = model(rows[:, :-1], use_cache=False).logits
             loss = F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
         loss.backward()

@@ -11,6 +11,7 @@ from typing import Any
 
 from training.data import Batches, Recall, Source, encode, read_texts, train_tokenizer
 from training.models import BUILDERS, balance_loss
+from training.precision import autocast
 
 WARMUP = 200
 
@@ -165,9 +166,7 @@ class Run:
 
     def autocast(self) -> Any:
         """Context in which the model runs."""
-        import torch
-
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.args.dtype == "bfloat16")
+        return autocast("cpu", self.args.dtype)
 
     def loss(self, step: int) -> tuple[Any, Any]:
         """The language-model loss of one batch, and the balance loss (0 without experts)."""
@@ -257,7 +256,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--length", type=int, default=512)
     made.add_argument("--lr", type=float, default=3e-3)
     made.add_argument("--muon", action="store_true", help="Muon for the matrices inside the blocks")
-    made.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="autocast")
+    made.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of matrix products")
     made.add_argument("--balance", type=float, default=0.01)
     made.add_argument("--every", type=int, default=100)
     made.add_argument("--seed", type=int, default=0)
