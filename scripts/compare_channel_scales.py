@@ -29,9 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "acceptance"))
 import q_mamba_2_quality as quality
 from q_mamba_2_quality import ASSETS, Study
 
-from llmcompress.algorithms.decoupled_scales import StateSpec, dequantize, quantize
+from llmcompress.algorithms.decoupled_scales import dequantize, quantize
 from llmcompress.nn.mixers import recurrent_evaluation
 from llmcompress.nn.states import StateQuantizer
+from llmcompress.quant.states import StateSpec
 
 CODECS = ("dsq", "dsq_static_p")
 BATCH = 8

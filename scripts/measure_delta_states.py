@@ -36,11 +36,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "acceptance"))
 from compare_channel_scales import divergence, predictions, spread
 from q_mamba_2_quality import EDGE, LENGTH, texts, windows
 
-from llmcompress.algorithms.decoupled_scales import StateSpec, fake_quantize
+from llmcompress.algorithms.decoupled_scales import fake_quantize
 from llmcompress.algorithms.gated_delta import DeltaInputs
 from llmcompress.algorithms.selective_scan import ScanInputs, half_life
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn.mixers import attach, detach
+from llmcompress.quant.states import StateSpec
 from llmcompress.recipe.lock import hardware
 
 POLICIES: dict[str, dict[str, Any]] = {

@@ -34,12 +34,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "acceptance"))
 
 from q_mamba_2_quality import ASSETS, Study, windows
 
-from llmcompress.algorithms.decoupled_scales import StateSpec, fake_quantize, to_scale
+from llmcompress.algorithms.decoupled_scales import fake_quantize, to_scale
 from llmcompress.algorithms.selective_scan import ScanInputs, half_life, scan
 from llmcompress.models.assemble import compressed_model
 from llmcompress.models.handle import ModelHandle
 from llmcompress.nn.mixers import attach, recurrent_evaluation
 from llmcompress.nn.states import StateQuantizer
+from llmcompress.quant.states import StateSpec
 from llmcompress.quant.store import PackedStore
 
 BITS, QMAX = 4, 7.0

@@ -28,48 +28,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-from llmcompress_kernels.reference.state import dither_of
+from llmcompress_kernels.reference.state import LARGEST, SMALLEST, dither_of
 from torch import Tensor
 
-from llmcompress.quant.states import (
-    BITS,
-    CODECS,
-    GROUP,
-    StateSpec,
-    packed_length,
-    scale_count,
-    state_bytes,
-    window_bytes,
-)
+from llmcompress.quant.states import GROUP, StateSpec
 
-__all__ = [
-    "BITS",
-    "CODECS",
-    "QuantizedState",
-    "StateSpec",
-    "dequantize",
-    "dither_of",
-    "fake_quantize",
-    "folded_mean",
-    "hadamard",
-    "pack_codes",
-    "packed_length",
-    "qmax_of",
-    "quantize",
-    "rotate",
-    "rounding_noise",
-    "scale_count",
-    "state_bytes",
-    "static_channel_scale",
-    "static_state_scale",
-    "step_size",
-    "to_scale",
-    "unpack_codes",
-    "window_bytes",
-]
-
-SMALLEST = 2.0**-24
-LARGEST = 65504.0
 # a calibrated channel scale is at least this share of the head's median
 DEAD_CHANNEL = 1e-3
 

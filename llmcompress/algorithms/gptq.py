@@ -44,6 +44,7 @@ from llmcompress.algorithms.grids import (
     tried_fractions,
 )
 from llmcompress.algorithms.hessian import damped_diagonal, inverse_factor, output_energy, reversed_root
+from llmcompress.algorithms.rounding import Rounded
 from llmcompress.algorithms.scale_refit import refit, refit_scales
 from llmcompress.quant.codecs.int_group import dequantize
 from llmcompress.quant.spec import QuantSpec
@@ -86,25 +87,17 @@ class GptqOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Solution:
-    """What the solver found.
+class Solution(Rounded):
+    """What the solver found for a stack of weights ``[E, N, K]``.
 
     Attributes:
-        codes: ``[E, N, K]`` uint8.
-        scale: ``[E, N, G]`` fp16.
-        zero: ``[E, N, G]`` uint8, or None on a symmetric grid.
         quantized: ``[E, N, K]`` fp32, the values the codes stand for.
         error: ``[E, N]`` fp32, diagonal of ``(W-Q) H (W-Q)ᵀ``: each output's mean squared error (times 2).
         energy: ``[E, N]`` fp32, diagonal of ``W H Wᵀ``.
         damp: Damping that worked per expert, 0 where the weights were simply rounded.
     """
 
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor | None
     quantized: Tensor
-    error: Tensor
-    energy: Tensor
     damp: list[float]
 
     @property
@@ -257,13 +250,13 @@ def _native_loop(
 def _plain_loop(w: Tensor, order: Tensor | None, factor: Tensor, spec: QuantSpec, options: GptqOptions) -> _Found:
     """The column loop in PyTorch: codes, scale, zero, values, in the stored order."""
     work = w.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-    columns = _Columns(work if order is None else _picked(work, order, 0), factor, spec, options, order, w)
+    columns = _Columns(work if order is None else _picked(work, order), factor, spec, options, order, w)
     del work
     codes, quantized = columns.run()
     scale, zero = columns.grids()
     if order is not None:
         back = order.argsort(dim=-1)
-        codes, quantized = _picked(codes, back, 0), _picked(quantized, back, 0)
+        codes, quantized = _picked(codes, back), _picked(quantized, back)
         if not options.static_groups:
             # grids were found in the order of visit; put each where its group is stored
             size, groups = spec.group(w.shape[-1]), spec.groups(w.shape[-1])
@@ -284,9 +277,9 @@ def _runs_natively(w: Tensor, spec: QuantSpec, options: GptqOptions) -> bool:
     return not options.static_groups and not options.sweeps and not spec.half and column_loop(w.device.type) == "native"
 
 
-def _picked(stack: Tensor, index: Tensor, dim: int) -> Tensor:
-    """Rows (``dim`` 0) or columns (1) of each matrix of ``stack [E, ., .]`` in the order of ``index [E, K]``."""
-    return torch.stack([matrix.index_select(dim, chosen) for matrix, chosen in zip(stack, index)])
+def _picked(stack: Tensor, index: Tensor) -> Tensor:
+    """Rows of each matrix of ``stack [E, K, .]`` in the order of ``index [E, K]``."""
+    return torch.stack([matrix.index_select(0, chosen) for matrix, chosen in zip(stack, index)])
 
 
 def column_order(hessian: Tensor, group: int, options: GptqOptions) -> Tensor | None:

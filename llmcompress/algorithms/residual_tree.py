@@ -27,8 +27,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.algorithms.gptq import GptqOptions, solve
-from llmcompress.algorithms.grids import round_to_nearest
-from llmcompress.algorithms.half_grid import distortion
+from llmcompress.algorithms.grids import HALF_MAX, distortion, round_to_nearest
 from llmcompress.algorithms.tree_topology import hessian_mean
 from llmcompress.quant.codecs import delta_tree
 from llmcompress.quant.packed import PackedWeight
@@ -114,7 +113,7 @@ def quantize_nodes(
     else:
         codes, scale, _ = round_to_nearest(normal, spec, options.gptq.grid)
     if stretch != 1.0:
-        scale = (scale.to(torch.float32) * stretch).clamp(max=65504.0).to(torch.float16)
+        scale = (scale.to(torch.float32) * stretch).clamp(max=HALF_MAX).to(torch.float16)
     rows = [target.shape[0] for target in targets]
     nodes = []
     for part, grid, exponent in zip(codes.split(rows), scale.split(rows), exponents):

@@ -43,7 +43,7 @@ class Rounded:
 def round_weights(w: Tensor, spec: QuantSpec, grid: Search, dtype: torch.dtype | None = None) -> Rounded:
     """Round every weight, and sum up what that costs.
 
-    Rows do not depend on each other, so what comes out is what :func:`~llmcompress.algorithms.gptq.round_to_nearest`
+    Rows do not depend on each other, so what comes out is what :func:`~llmcompress.algorithms.grids.round_to_nearest`
     makes of all of them at once. At once, a CPU passes over memory more than fifteen times; in pieces it does once.
 
     Args:

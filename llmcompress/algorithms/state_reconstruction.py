@@ -25,6 +25,7 @@ Legend: S sequences, T tokens, H heads, P channels of a head, N states.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -32,7 +33,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from llmcompress.algorithms.decoupled_scales import StateSpec, fake_quantize
+from llmcompress.algorithms.decoupled_scales import fake_quantize
+from llmcompress.quant.states import StateSpec
 
 Engine = Literal["inject", "fused"]
 # tokens between two kept states of the fused engine; those between are stepped through again in the backward pass
@@ -104,10 +106,15 @@ def scan_loop(x: Tensor, a: Tensor, b: Tensor, c: Tensor, rounder: Rounder) -> T
     state = x.new_zeros((x.shape[0], *x.shape[2:], b.shape[-1]))
     outputs = []
     for t in range(x.shape[1]):
-        fresh = a[:, t, :, None, None] * state + x[:, t, :, :, None] * b[:, t, :, None, :]
+        fresh = _fresh(state, x, a, b, t)
         outputs.append((fresh * c[:, t, :, None, :]).sum(-1))
         state = fresh + (rounder(fresh, t) - fresh).detach()
     return torch.stack(outputs, 1)
+
+
+def _fresh(state: Tensor, x: Tensor, a: Tensor, b: Tensor, t: int) -> Tensor:
+    """``u_t`` of equation (1), ``[S, H, P, N]``."""
+    return a[:, t, :, None, None] * state + x[:, t, :, :, None] * b[:, t, :, None, :]
 
 
 def rounding_errors(x: Tensor, a: Tensor, b: Tensor, rounder: Rounder) -> Tensor:
@@ -115,7 +122,7 @@ def rounding_errors(x: Tensor, a: Tensor, b: Tensor, rounder: Rounder) -> Tensor
     state = x.new_zeros((x.shape[0], *x.shape[2:], b.shape[-1]))
     errors = x.new_empty((*x.shape, b.shape[-1]))
     for t in range(x.shape[1]):
-        fresh = a[:, t, :, None, None] * state + x[:, t, :, :, None] * b[:, t, :, None, :]
+        fresh = _fresh(state, x, a, b, t)
         state = rounder(fresh, t)
         errors[:, t] = state - fresh
     return errors
@@ -157,7 +164,7 @@ class _Fused(torch.autograd.Function):
         for t in range(x.shape[1]):
             if t % SEGMENT == 0:
                 kept.append(state)
-            fresh = a[:, t, :, None, None] * state + x[:, t, :, :, None] * b[:, t, :, None, :]
+            fresh = _fresh(state, x, a, b, t)
             outputs[:, t] = (fresh * c[:, t, :, None, :]).sum(-1)
             state = rounder(fresh, t)
         ctx.rounder = rounder
@@ -190,7 +197,7 @@ def _replayed(
     """Pairs ``(ĥ_{t-1}, u_t)`` of a segment, from the state before it."""
     pairs = []
     for t in range(start, stop):
-        fresh = a[:, t, :, None, None] * state + x[:, t, :, :, None] * b[:, t, :, None, :]
+        fresh = _fresh(state, x, a, b, t)
         pairs.append((state, fresh))
         state = rounder(fresh, t)
     return pairs
@@ -393,7 +400,10 @@ def reconstruct(
         weight_decay=0.0,
     )
     steps = schedule.epochs * -(-len(train) // schedule.batch)
-    fall = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.1 + 0.45 * (1 + _cosine(step, steps)))
+    # along a cosine, to a tenth
+    fall = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+    )
     before = best = judged(loss, held, schedule.batch)
     best_values, losses, training, worse = initial, [], [], 0
     for epoch in range(schedule.epochs):
@@ -446,9 +456,3 @@ def _bound(parameters: Mapping[str, Tensor], groups: Sequence[Group], initial: M
                 assert group.bound is not None
                 room = group.bound * initial[name].abs().clamp(min=1.0)
                 parameters[name].copy_(torch.clamp(parameters[name], initial[name] - room, initial[name] + room))
-
-
-def _cosine(step: int, steps: int) -> float:
-    import math
-
-    return math.cos(math.pi * min(1.0, step / max(1, steps)))

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from llmcompress.algorithms.decoupled_scales import StateSpec, fake_quantize, static_channel_scale, static_state_scale
+from llmcompress.algorithms.decoupled_scales import fake_quantize, static_channel_scale, static_state_scale
 from llmcompress.algorithms.gated_delta import DeltaInputs
 from llmcompress.algorithms.selective_scan import ScanInputs, half_life
+from llmcompress.quant.states import StateSpec
 
 Inputs = ScanInputs | DeltaInputs
 

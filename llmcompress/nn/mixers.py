@@ -22,14 +22,13 @@ from llmcompress_kernels import state as kernels
 from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
-from llmcompress.algorithms.decoupled_scales import BITS, CODECS, StateSpec
 from llmcompress.algorithms.gated_delta import DeltaInputs
 from llmcompress.algorithms.selective_scan import ScanInputs, scan
 from llmcompress.errors import InputError
 from llmcompress.nn import delta_rule
 from llmcompress.nn.decode_step import DecodeStep
 from llmcompress.nn.states import PackedState, StateQuantizer, adopt
-from llmcompress.quant.states import DITHERED, Rounding
+from llmcompress.quant.states import BITS, CODECS, DITHERED, Rounding, StateSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

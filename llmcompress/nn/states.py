@@ -21,10 +21,10 @@ from llmcompress_kernels.delta_state import dsq_delta_update
 from torch import Tensor
 
 from llmcompress.algorithms import decoupled_scales as scales
-from llmcompress.algorithms.decoupled_scales import QuantizedState, StateSpec
+from llmcompress.algorithms.decoupled_scales import QuantizedState
 from llmcompress.algorithms.gated_delta import difference, over_state
 from llmcompress.algorithms.selective_scan import driven, read
-from llmcompress.quant.states import DECODED_BITS
+from llmcompress.quant.states import DECODED_BITS, StateSpec, state_bytes, window_bytes
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -122,8 +122,8 @@ class StateQuantizer:
         """Bytes that one sequence keeps: codes, scales, the tokens of the window and their number."""
         scan = self.scan
         bits = [self.spec.bits] * scan.heads if self.head_bits is None else [int(b) for b in self.head_bits.tolist()]
-        stored = sum(scales.state_bytes(self.spec, scan.channels, scan.states, width) for width in bits)
-        return stored + scales.window_bytes(self.spec, self.window, sum(self.row))
+        stored = sum(state_bytes(self.spec, scan.channels, scan.states, width) for width in bits)
+        return stored + window_bytes(self.spec, self.window, sum(self.row))
 
 
 class PackedState:

@@ -104,34 +104,32 @@ class PackedStore:
         Raises:
             InputError: A file is damaged.
         """
-        from safetensors import SafetensorError, safe_open
-
         found = {} if self.base is None else self.base.plan()
         for index in sorted(self.finished()):
-            try:
-                with safe_open(self.path(index), framework="pt") as handle:
-                    header = json.loads((handle.metadata() or {}).get("packed", "{}"))
-            except (SafetensorError, OSError, ValueError) as error:
-                message = f"{self.path(index)}: cannot read this block: {error}"
-                raise InputError(message, "delete it and resume the run") from error
+            header, _ = self._read_file(index, tensors=False)
             found.update({name: QuantSpec.from_dict(entry["spec"]) for name, entry in header.items()})
         return found
 
     def _read_own(self, index: int) -> tuple[dict[str, PackedWeight], dict[str, Tensor]]:
+        header, tensors = self._read_file(index)
+        packed = {}
+        for name, entry in header.items():
+            own = {key: tensors.pop(f"{name}.{key}") for key in entry["tensors"]}
+            packed[name] = PackedWeight(tuple(entry["shape"]), QuantSpec.from_dict(entry["spec"]), own)
+        return packed, tensors
+
+    def _read_file(self, index: int, tensors: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What a file says of its packed weights, and its tensors where they are asked for."""
         from safetensors import SafetensorError, safe_open
 
         path = self.path(index)
         try:
             with safe_open(path, framework="pt") as handle:
                 header = json.loads((handle.metadata() or {}).get("packed", "{}"))
-                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
+                names = handle.keys() if tensors else ()
+                return header, {name: handle.get_tensor(name) for name in names}
         except (SafetensorError, OSError, ValueError) as error:
             raise InputError(f"{path}: cannot read this block: {error}", "delete it and resume the run") from error
-        packed = {}
-        for name, entry in header.items():
-            own = {key: tensors.pop(f"{name}.{key}") for key in entry["tensors"]}
-            packed[name] = PackedWeight(tuple(entry["shape"]), QuantSpec.from_dict(entry["spec"]), own)
-        return packed, tensors
 
     def blocks(self) -> Iterator[tuple[int, BlockPatch]]:
         """Iterate over all blocks in order, one in memory at a time."""

@@ -161,32 +161,17 @@ class Tree:
         """
         if below not in self.ids or self.is_leaf(self.ids.index(below)) or member in self.ids:
             raise ValueError(f"{member} cannot be put below {below}")
-        parent: int | None = self.ids.index(below)
-        place = parent
-        grown = {}
-        while parent is not None:
-            grown[parent] = self.nodes[parent] | {member}
-            parent = self.parents[parent]
-        nodes = {p: grown.get(p, self.nodes[p]) for p in self.preorder()}
+        place = self.ids.index(below)
+        own = self.nodes[place]
+        sets = [node | {member} if p <= place and node >= own else node for p, node in enumerate(self.nodes)]
         # last among its siblings: pre-order puts it behind everything below the same node
-        last = max(p for p in self.preorder() if place == p or self._is_above(place, p))
-        order = list(self.preorder())
-        place_of_new = last + 1
-        sets, ids = [nodes[p] for p in order], list(self.ids)
-        parents = [_moved(self.parents[p], last) for p in order]
-        sets.insert(place_of_new, frozenset({member}))
-        ids.insert(place_of_new, member)
-        parents.insert(place_of_new, place)
+        last = max(p for p, node in enumerate(self.nodes) if p >= place and node <= own)
+        parents, ids = [_moved(parent, last) for parent in self.parents], list(self.ids)
+        sets.insert(last + 1, frozenset({member}))
+        ids.insert(last + 1, member)
+        parents.insert(last + 1, place)
         wider = Tree(self.leaves, tuple(sets), tuple(parents), tuple(ids))
         return wider._relabelled(list(wider.preorder()), dict(enumerate(wider.nodes)))
-
-    def _is_above(self, upper: int | None, position: int) -> bool:
-        parent = self.parents[position]
-        while parent is not None:
-            if parent == upper:
-                return True
-            parent = self.parents[parent]
-        return False
 
     def _relabelled(self, kept: Sequence[int], nodes: Mapping[int, Members]) -> Tree:
         """Part of this tree with other models below its nodes, names as they are."""

@@ -36,8 +36,9 @@ from harness import ROOT, verdict
 from llmcompress_kernels import state as kernels
 from state_models import MAMBA2_130M, make_model, quantized
 
-from llmcompress.algorithms.decoupled_scales import StateSpec, pack_codes, quantize
+from llmcompress.algorithms.decoupled_scales import pack_codes, quantize
 from llmcompress.inference.native import open_engine
+from llmcompress.quant.states import StateSpec
 
 BATCHES = (1, 8, 32)
 PROMPT = 512

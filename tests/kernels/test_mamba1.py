@@ -9,7 +9,8 @@ from llmcompress_kernels.reference import mamba1 as definition
 from torch import Tensor
 
 from llmcompress.algorithms import decoupled_scales as dsq
-from llmcompress.algorithms.decoupled_scales import QuantizedState, StateSpec
+from llmcompress.algorithms.decoupled_scales import QuantizedState
+from llmcompress.quant.states import StateSpec
 
 pytestmark = [
     pytest.mark.skipif(mamba2.unavailable() is not None, reason=f"no kernels: {mamba2.unavailable()}"),

@@ -8,6 +8,7 @@ from llmcompress_kernels import select, state
 from llmcompress_kernels.reference import state as definition
 
 from llmcompress.algorithms import decoupled_scales as dsq
+from llmcompress.quant.states import StateSpec
 
 SHAPES = [(16, 32), (64, 64), (32, 128), (16, 256)]
 # spread of the outliers of both axes, and a factor on everything
@@ -42,7 +43,7 @@ def token(sequences: int, heads: int, groups: int, channels: int, states: int) -
 def test_packed_update_gives_the_definitions_codes(
     bits: int, codec: str, rounding: str, channels: int, states: int
 ) -> None:
-    spec, fixed = dsq.StateSpec(bits=bits, codec=codec, rounding=rounding), codec == "dsq_static_p"
+    spec, fixed = StateSpec(bits=bits, codec=codec, rounding=rounding), codec == "dsq_static_p"
     how = (bits, codec == "dsq_refit", rounding == "dither")
     for spread, factor in EXTREMES:
         start = random_state(2, 4, channels, states, spread, factor)
@@ -95,7 +96,7 @@ def test_definition_equals_the_codec_of_the_library() -> None:
         for bits in (4, 6, 8):
             qmax = torch.full((1, 1, 1), float((1 << (bits - 1)) - 1))
             for codec, rounding in (("dsq", "rtn"), ("dsq_refit", "rtn"), ("dsq", "dither")):
-                expected = dsq.quantize(fresh, dsq.StateSpec(bits=bits, codec=codec, rounding=rounding))
+                expected = dsq.quantize(fresh, StateSpec(bits=bits, codec=codec, rounding=rounding))
                 how = (codec == "dsq_refit", rounding == "dither")
                 codes, channel, scale, _ = definition.dsq_quantize(fresh, qmax, None, *how)
                 assert torch.equal(codes.to(torch.int8), expected.codes)
@@ -178,7 +179,7 @@ def test_operator_checks() -> None:
     torch.library.opcheck(torch.ops.llmcompress.selective_scan_q, (*sequence(16, 32, 5), *rest), test_utils=checks)
     held = torch.randn(2, 4, 16, 32)
     torch.library.opcheck(torch.ops.llmcompress.state_update, (held, *token(2, 4, 2, 16, 32)), test_utils=checks)
-    found = dsq.quantize(held, dsq.StateSpec(bits=4))
+    found = dsq.quantize(held, StateSpec(bits=4))
     packed = (dsq.pack_codes(found.codes, 4), found.channel, found.state, None)
     arguments = (*packed, *token(2, 4, 2, 16, 32), 4)
     torch.library.opcheck(torch.ops.llmcompress.dsq_state_update, arguments, test_utils=checks)
@@ -192,7 +193,7 @@ def test_decode_step_of_a_mixer(bits: int, channels: int, states: int, groups: i
     sequences, heads = 3, 4
     inner, width = heads * channels, heads * channels + 2 * groups * states
     start = random_state(sequences, heads, channels, states, 0.5, 1.0)
-    found = dsq.quantize(start, dsq.StateSpec(bits=min(bits, 8)))
+    found = dsq.quantize(start, StateSpec(bits=min(bits, 8)))
     packed = [dsq.pack_codes(found.codes, min(bits, 8)), found.channel, found.state, None, None]
     mine = packed if bits < 32 else [None, None, None, None, start]
     theirs = [None if t is None else t.clone() for t in mine]

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from llmcompress.algorithms.decoupled_scales import state_bytes
 from llmcompress.models.registry import layout_from_config
 from llmcompress.models.state_memory import sequence_bytes
 from llmcompress.nn.mixers import attach
 from llmcompress.nn.states import PackedState, cache_bytes
+from llmcompress.quant.states import state_bytes
 
 PROMPT = torch.randint(3, 64, (4, 9), generator=torch.Generator().manual_seed(0))
 POLICIES: dict[str, dict[str, Any]] = {

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from llmcompress.algorithms.decoupled_scales import StateSpec
 from llmcompress.algorithms.selective_scan import half_life
 from llmcompress.algorithms.state_reconstruction import (
     ENGINES,
@@ -24,6 +23,7 @@ from llmcompress.algorithms.state_reconstruction import (
     scan_loop,
     split,
 )
+from llmcompress.quant.states import StateSpec
 
 
 def inputs(tokens: int = 48, heads: int = 2, channels: int = 8, states: int = 16, dtype=torch.float32, seed: int = 0):

@@ -7,25 +7,21 @@ import math
 import numpy as np
 import pytest
 import torch
+from llmcompress_kernels.reference.state import dither_of
 
 from llmcompress.algorithms.decoupled_scales import (
-    BITS,
-    CODECS,
-    StateSpec,
     dequantize,
-    dither_of,
     fake_quantize,
     pack_codes,
-    packed_length,
     quantize,
     rotate,
     rounding_noise,
-    state_bytes,
     static_channel_scale,
     static_state_scale,
     step_size,
     unpack_codes,
 )
+from llmcompress.quant.states import BITS, CODECS, StateSpec, packed_length, state_bytes
 
 SMALLEST, LARGEST = np.float32(2.0**-24), np.float32(65504.0)
 

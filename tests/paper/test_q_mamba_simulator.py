@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from llmcompress.algorithms.decoupled_scales import StateSpec, fake_quantize, quantize
+from llmcompress.algorithms.decoupled_scales import fake_quantize, quantize
 from llmcompress.algorithms.selective_scan import ScanInputs, scan
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn.mixers import attach, detach, recurrent_evaluation
+from llmcompress.quant.states import StateSpec
 
 TOKENS = torch.randint(3, 64, (3, 20), generator=torch.Generator().manual_seed(0))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmcompress.algorithms.gptq import GptqOptions, solve
-from llmcompress.algorithms.half_grid import distortion, half_scale
+from llmcompress.algorithms.grids import distortion, half_scale
 from llmcompress.algorithms.residual_tree import (
     TreeOptions,
     build,

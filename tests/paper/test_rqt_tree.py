@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from llmcompress.algorithms.half_grid import distortion
+from llmcompress.algorithms.grids import distortion
 from llmcompress.algorithms.tree_allocation import Choice, Problem, allocate, best_for_price, greedy
 from llmcompress.algorithms.tree_topology import (
     aggregate,

@@ -119,7 +119,6 @@ class SecondOrder(Nearest):
     ) -> Rounded:  # fmt: skip
         """Solve, and tell where that was not possible as asked."""
         from llmcompress.algorithms.gptq import solve
-        from llmcompress.algorithms.rounding import Rounded
 
         if hessian is None:
             return super().solve(w, hessian, spec, usable, dtype, warn)
@@ -130,7 +129,7 @@ class SecondOrder(Nearest):
             warn(f"damping raised to {max(raised):g} where Cholesky failed")
         if failed:
             warn(f"{len(failed)} singular Hessians; these weights are rounded to nearest")
-        return Rounded(found.codes, found.scale, found.zero, found.quantized, found.error, found.energy)
+        return found
 
     def revision(self, device: str) -> dict[str, object]:
         """Which form of the column loop runs, and the solver's number."""

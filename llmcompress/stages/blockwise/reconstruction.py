@@ -193,8 +193,8 @@ class Reconstructor:
         """How the states of a mixer are stored; without a policy in float."""
         import torch
 
-        from llmcompress.algorithms.decoupled_scales import StateSpec
         from llmcompress.algorithms.state_reconstruction import Rounder
+        from llmcompress.quant.states import StateSpec
 
         assert scan is not None
         if policy is None:

@@ -15,9 +15,9 @@ from llmcompress.quant.store import BlockPatch, PackedStore
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from llmcompress.algorithms.decoupled_scales import StateSpec
     from llmcompress.algorithms.state_statistics import HeadStatistics, Inputs
     from llmcompress.models.layout import Block
+    from llmcompress.quant.states import StateSpec
     from llmcompress.stages.dsq import DsqConfig
     from llmcompress.stages.state import RunContext, RunState
 
@@ -99,7 +99,7 @@ def _forward(config: DsqConfig, walker: Any, block: Block, hidden: Tensor, measu
 
 def spec_of(config: DsqConfig) -> StateSpec:
     """The codec of a stage; to nearest for measurements instead of with noise."""
-    from llmcompress.algorithms.decoupled_scales import StateSpec
+    from llmcompress.quant.states import StateSpec
 
     rounding = "rtn" if config.rounding == "stochastic" else config.rounding
     return StateSpec(config.bits, config.codec, config.alpha, config.sqrt_axis, rounding, config.seed, config.refits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from llmcompress.algorithms.half_grid import distortion
+from llmcompress.algorithms.grids import distortion
 from llmcompress.algorithms.residual_tree import member_importance
 from llmcompress.algorithms.tree_allocation import Choice, Problem, allocate
 from llmcompress.algorithms.tree_topology import aggregate, increments

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llmcompress.algorithms.half_grid import distortion
+from llmcompress.algorithms.grids import distortion
 from llmcompress.algorithms.tree_allocation import Problem
 from llmcompress.algorithms.tree_topology import increments
 from llmcompress.stages.rqt.plan import make_plan, weights_of

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmcompress.algorithms.decoupled_scales import StateSpec, folded_mean, quantize, static_channel_scale
+from llmcompress.algorithms.decoupled_scales import folded_mean, quantize, static_channel_scale
+from llmcompress.quant.states import StateSpec
 
 
 def test_inactive_spec_says_so() -> None:

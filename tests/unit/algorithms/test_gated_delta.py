@@ -6,8 +6,9 @@ import pytest
 import torch
 from llmcompress_kernels.reference.delta import gated_delta_rule, unit
 
-from llmcompress.algorithms.decoupled_scales import StateSpec, fake_quantize
+from llmcompress.algorithms.decoupled_scales import fake_quantize
 from llmcompress.algorithms.gated_delta import DeltaInputs, difference, scan
+from llmcompress.quant.states import StateSpec
 
 HEADS, GROUPS, VALUES, KEYS = 4, 2, 12, 8
 

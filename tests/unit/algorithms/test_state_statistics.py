@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmcompress.algorithms.decoupled_scales import StateSpec, fake_quantize
+from llmcompress.algorithms.decoupled_scales import fake_quantize
 from llmcompress.algorithms.selective_scan import ScanInputs, scan
 from llmcompress.algorithms.state_statistics import HeadStatistics
+from llmcompress.quant.states import StateSpec
 
 
 @pytest.mark.parametrize("codec", ["dsq", "dsq_refit", "dsq_static_p", "per_channel"])

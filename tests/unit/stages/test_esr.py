@@ -126,7 +126,7 @@ def test_the_estimate_grows_with_the_work(tiny, tmp_path):
 
 
 def test_the_kernel_is_used_where_it_knows_the_codec():
-    from llmcompress.algorithms.decoupled_scales import StateSpec
+    from llmcompress.quant.states import StateSpec
 
     assert Rounder(StateSpec(bits=4)).has_kernel
     assert Rounder(StateSpec(bits=16, codec="none")).has_kernel
