@@ -266,14 +266,17 @@ def reconstruct(tree: Tree, nodes: Mapping[str, NodeWeight], member: str) -> Ten
 
 def relative_error(weight: Tensor, difference: Tensor, hessian: Tensor | None) -> float:
     """``tr(D H Dᵀ) / tr(W H Wᵀ)``; plain squares without ``hessian``; 0 where the denominator is 0."""
-    above, below = inner(difference, difference, hessian), inner(weight, weight, hessian)
-    return above / below if below > 0 else 0.0
+    return _share(float(_inner(difference, difference, hessian)), float(_inner(weight, weight, hessian)))
 
 
-def inner(a: Tensor, b: Tensor, hessian: Tensor | None) -> float:
-    """``tr(A H Bᵀ)`` in fp64 accumulation."""
+def _inner(a: Tensor, b: Tensor, hessian: Tensor | None) -> Tensor:
+    """``tr(A H Bᵀ)`` in fp64 accumulation, a scalar."""
     through = a if hessian is None else a @ hessian
-    return float((through.double() * b.double()).sum())
+    return (through.double() * b.double()).sum()
+
+
+def _share(above: float, below: float) -> float:
+    return above / below if below > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,29 +296,6 @@ class DeltaKept:
     size: float
 
 
-def delta_kept(weight: Tensor, rebuilt: Tensor, base: Tensor, hessian: Tensor | None = None) -> DeltaKept:
-    """Compare the difference to the base before and after.
-
-    Args:
-        weight: ``[N, K]`` of the fine-tune.
-        rebuilt: ``[N, K]`` after quantization.
-        base: ``[N, K]`` of the base, or the mean of the family.
-        hessian: ``[K, K]`` or None.
-    """
-    delta, after = weight - base, rebuilt - base
-    both, before, now = inner(after, delta, hessian), inner(delta, delta, hessian), inner(after, after, hessian)
-    signs = float((torch.sign(delta) == torch.sign(after)).float().mean())
-    return _kept(both, before, now, inner(weight, weight, hessian), signs)
-
-
-def _kept(both: float, before: float, now: float, whole: float, signs: float) -> DeltaKept:
-    """From inner products of the difference after and before, of each with itself, and the weight's energy."""
-    if before <= 0:
-        return DeltaKept(1.0, 1.0, signs, 0.0)
-    cosine = both / math.sqrt(before * now) if now > 0 else 0.0
-    return DeltaKept(both / before, cosine, signs, before / whole if whole > 0 else 0.0)
-
-
 def leaf_report(
     weight: Tensor, rebuilt: Tensor, rest: Tensor, base: Tensor, hessian: Tensor | None
 ) -> tuple[float, float, DeltaKept]:
@@ -329,24 +309,19 @@ def leaf_report(
         hessian: ``[K, K]`` or None.
 
     Returns:
-        :func:`relative_error` of ``weight - rebuilt`` and of ``rest``, and :func:`delta_kept`.
+        :func:`relative_error` of ``weight - rebuilt`` and of ``rest``, and what is left of ``weight - base``.
     """
     delta, after = weight - base, rebuilt - base
-    energies = []
-    for part, other in (
-        (weight - rebuilt,) * 2,
-        (rest,) * 2,
-        (weight,) * 2,
-        (delta,) * 2,
-        (after,) * 2,
-        (after, delta),
-    ):
-        through = part if hessian is None else part @ hessian
-        energies.append((through.double() * other.double()).sum())
+    left = weight - rebuilt
+    pairs = ((left, left), (rest, rest), (weight, weight), (delta, delta), (after, after), (after, delta))
+    energies = [_inner(part, other, hessian) for part, other in pairs]
     energies.append((torch.sign(delta) == torch.sign(after)).double().mean())
     error, without, whole, before, now, both, signs = torch.stack(energies).tolist()
-    shares = [value / whole if whole > 0 else 0.0 for value in (error, without)]
-    return shares[0], shares[1], _kept(both, before, now, whole, signs)
+    kept = DeltaKept(1.0, 1.0, signs, 0.0)
+    if before > 0:
+        cosine = both / math.sqrt(before * now) if now > 0 else 0.0
+        kept = DeltaKept(both / before, cosine, signs, _share(before, whole))
+    return _share(error, whole), _share(without, whole), kept
 
 
 def member_importance(energies: Sequence[float]) -> list[float]:

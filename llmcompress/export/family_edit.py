@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmcompress.algorithms.residual_tree import TreeOptions, delta_kept, leaf_nodes, relative_error
+from llmcompress.algorithms.residual_tree import TreeOptions, leaf_nodes, leaf_report
 from llmcompress.durable import held_alone, write_durably
 from llmcompress.errors import EnvironmentProblem, ExportError, InputError, UsageError
 from llmcompress.export.base import ShardWriter, atomic_folder, cast, some, write_json
@@ -303,8 +303,8 @@ class _NewLeaf(DenseVisitor):
         leaves = leaf_nodes([w - a for w, a in zip(weights, above)], self.bits, self.options, hessian)
         for name, weight, shared, leaf in zip(names, weights, above, leaves):
             rebuilt = shared + leaf.values
-            self.errors.append(relative_error(weight, weight - rebuilt, hessian))
-            kept = delta_kept(weight, rebuilt, shared, hessian)
+            error, _, kept = leaf_report(weight, rebuilt, weight - shared, shared, hessian)
+            self.errors.append(error)
             self.kept.append((kept.retention, kept.cosine, kept.signs, kept.size))
             self.tensors |= {f"{name}.{key}": tensor for key, tensor in leaf.packed.tensors.items()}
             if self.stream is not None:

@@ -93,11 +93,6 @@ class StateSpec:
         """Whether a dither is added before rounding."""
         return self.rounding == "dither"
 
-    @property
-    def qmax(self) -> int:
-        """Largest code."""
-        return (1 << (self.bits - 1)) - 1
-
 
 def packed_length(count: int, bits: int) -> int:
     """Bytes of ``count`` packed codes."""

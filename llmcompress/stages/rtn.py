@@ -32,4 +32,3 @@ class Rtn(Quantizer):
 
     Config: ClassVar[type[StageConfig]] = RtnConfig
     consumes = frozenset({Kind.MODEL})
-    hessians = False

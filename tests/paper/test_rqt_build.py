@@ -10,7 +10,6 @@ from llmcompress.algorithms.grids import distortion, half_scale
 from llmcompress.algorithms.residual_tree import (
     TreeOptions,
     build,
-    delta_kept,
     exponent_of,
     leaf_report,
     quantize_node,
@@ -178,7 +177,8 @@ def test_unbiased_leaves_keep_the_size_of_the_difference() -> None:
     for scale in ("mse", "unbiased"):
         options = TreeOptions(leaf_scale=scale, leaf_solver="rtn")  # type: ignore[arg-type]
         nodes = build(weights, tree, star_bits(tree, 6, 1), options)
-        kept[scale] = delta_kept(weights["m0"], reconstruct(tree, nodes, "m0"), base)
+        rebuilt = reconstruct(tree, nodes, "m0")
+        kept[scale] = leaf_report(weights["m0"], rebuilt, weights["m0"] - base, base, None)[2]
     assert kept["mse"].retention == pytest.approx(1 - distortion(1, 128), abs=0.05)
     assert kept["unbiased"].retention == pytest.approx(1.0, abs=0.05)
     assert kept["mse"].cosine == pytest.approx((1 - distortion(1, 128)) ** 0.5, abs=0.05)
@@ -216,9 +216,13 @@ def test_the_report_of_a_leaf_is_its_parts(weighed: bool) -> None:
     error, without, kept = leaf_report(weight, rebuilt, rest, base, hessian)
     assert error == pytest.approx(relative_error(weight, weight - rebuilt, hessian), rel=1e-9)
     assert without == pytest.approx(relative_error(weight, rest, hessian), rel=1e-9)
-    expected = delta_kept(weight, rebuilt, base, hessian)
-    for name in ("retention", "cosine", "signs", "size"):
-        assert getattr(kept, name) == pytest.approx(getattr(expected, name), rel=1e-6)
+    h = torch.eye(weight.shape[1]).double() if hessian is None else hessian.double()
+    delta, after = (weight - base).double(), (rebuilt - base).double()
+    size, left, both = ((a @ h * b).sum().item() for a, b in ((delta, delta), (after, after), (after, delta)))
+    assert kept.retention == pytest.approx(both / size, rel=1e-4)
+    assert kept.cosine == pytest.approx(both / (size * left) ** 0.5, rel=1e-4)
+    assert kept.signs == pytest.approx((delta.sign() == after.sign()).double().mean().item())
+    assert kept.size == pytest.approx(size / (weight.double() @ h * weight.double()).sum().item(), rel=1e-4)
 
 
 def test_sweeps_improve_leaves_of_one_bit() -> None:

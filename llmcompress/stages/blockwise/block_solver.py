@@ -64,14 +64,14 @@ class BlockSolver:
         *,
         hook: RouterHook | None = None,
         pairs: StreamPairs | None = None,
-        warn: Callable[[str], None] | None = None,
+        warn: Callable[[str], None] = lambda _text: None,
     ) -> None:
         self.limits: Limits = DEFAULT
         self.shared: SharedMoments | None = None
         self.handle, self.model, self.block, self.plan = handle, model, block, plan
         self.method, self.rare, self.hook = method, method.rare, hook
         self.pairs, self.target_ridge = pairs, method.target_ridge
-        self.warn = warn or (lambda _text: None)
+        self.warn = warn
         self.affinity = method.rare.affinity
         self.packed: dict[str, PackedWeight] = {}
         self.replaced: dict[str, Tensor] = {}
@@ -183,14 +183,26 @@ class BlockSolver:
         found = self._solve(weights, hessian, spec, usable, self._place(name))
         if gram is None and not bool(found.energy.isfinite().all()):
             check_finite(weights, name)
-        stack = self._stacks.setdefault(name, _Stack())
-        stack.parts.append(int_group.encode(found.codes.cpu(), found.scale.cpu(), cpu(found.zero), spec))
-        stack.above += float((found.error.sum(-1).cpu() * counts).sum())
-        stack.below += float((found.energy.sum(-1).cpu() * counts).sum())
         if found.quantized is not None:
             write_expert_weight(module, bank, name, experts, found.quantized)
+        packed = int_group.encode(found.codes.cpu(), found.scale.cpu(), cpu(found.zero), spec)
+        above, below = (float((sums.sum(-1).cpu() * counts).sum()) for sums in (found.error, found.energy))
+        self._stack(bank, name, experts, packed, above, below)
+
+    def _stack(
+        self, bank: ExpertBank, name: str, experts: slice, packed: PackedWeight, above: float, below: float
+    ) -> None:
+        """Keep some experts of a projection with their error and energy; the last ones complete it."""
+        import torch
+
+        stack = self._stacks.setdefault(name, _Stack())
+        stack.parts.append(packed)
+        stack.above += above
+        stack.below += below
         if experts.stop == bank.num_experts:
-            self.packed[name] = joined(bank.shape(name), spec, stack.parts)
+            parts = [part.tensors for part in stack.parts]
+            tensors = {key: torch.cat([part[key] for part in parts]) for key in packed.tensors}
+            self.packed[name] = PackedWeight(bank.shape(name), packed.spec, tensors)
             self.record["errors"][name] = ratio(stack.above, stack.below)
             del self._stacks[name]
             self._sources.pop(name, None)
@@ -241,19 +253,30 @@ class BlockSolver:
 
         hessian = gram.take_hessian()
         needed = self.rare.needed(hessian.shape[-1])
-        usable = []
-        for position, tokens in enumerate(gram.tokens.tolist()):
-            expert = experts.start + position
-            usable.append(tokens > 0 and (tokens >= needed or self.rare.blend))
-            if tokens == 0:
+        tokens = gram.tokens.tolist()
+        usable = self._usable(name, experts.start, tokens, needed)
+        for position, seen in enumerate(tokens):
+            if 0 < seen < needed and self.rare.blend:
+                own = slice(position, position + 1)
+                blend_rare(hessian[own], gram.tokens[own], shared(experts.start + position), needed)
+        return hessian, usable
+
+    def _usable(self, name: str, start: int, tokens: list[int], needed: int) -> list[bool]:
+        """Which experts have a Hessian to solve with, by the policy for rare ones; notes the others.
+
+        Args:
+            name: Plan name of the projection.
+            start: The first expert.
+            tokens: That it and those after it have seen.
+            needed: From how many on an expert stands on its own.
+        """
+        for expert, seen in enumerate(tokens, start):
+            if seen == 0:
                 self.warn(f"{name}: expert {expert} saw no calibration token; rounded to nearest")
                 self.record.setdefault("unseen_experts", {}).setdefault(name, []).append(expert)
-            elif tokens < needed:
+            elif seen < needed:
                 self.record.setdefault("rare_experts", {}).setdefault(name, []).append(expert)
-                if self.rare.blend:
-                    own = slice(position, position + 1)
-                    blend_rare(hessian[own], gram.tokens[own], shared(expert), needed)
-        return hessian, usable
+        return [seen > 0 and (seen >= needed or self.rare.blend) for seen in tokens]
 
     def _place(self, name: str) -> Tensor | None:
         """Where the block's next pass looks for a weight, None when there is no such pass."""
@@ -277,14 +300,6 @@ class BlockSolver:
 
 def _no_statistics(_expert: int) -> Tensor:
     raise AssertionError("rounding to nearest needs no statistics")
-
-
-def joined(shape: tuple[int, ...], spec: QuantSpec, parts: list[PackedWeight]) -> PackedWeight:
-    """Chunks of an expert projection as one packed weight of ``shape``."""
-    import torch
-
-    tensors = {key: torch.cat([part.tensors[key] for part in parts]) for key in parts[0].tensors}
-    return PackedWeight(shape, spec, tensors)
 
 
 def check_finite(weight: Tensor, name: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmcompress.distributed.balance import shares
@@ -26,6 +27,7 @@ from llmcompress.stages.blockwise.rules import RuleConfig, plain_rules
 from llmcompress.stages.blockwise.shared_statistics import SharedMoments, gather, shared_moments
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from torch import Tensor
@@ -216,20 +218,16 @@ class BlockwiseQuantizer:
         from llmcompress.models.stream_pairs import StreamPairs
         from llmcompress.stages.blockwise.block_solver import BlockSolver
 
-        pairs = None if recorder is None else StreamPairs(recorder, model)
-        arguments: Any = (self.handle, model, block, self.plan, self.method)
-        options: Any = {
-            "hook": self.hook,
-            "pairs": pairs,
-            "warn": lambda text: self.ctx.emit("warning", text=text),
-        }
-        solver: BlockSolver
+        make: Callable[..., BlockSolver] = BlockSolver
         if self.world.pooled:
             from llmcompress.stages.blockwise.pooled_solver import PooledSolver
 
-            solver = PooledSolver(self.world, *arguments, **options)
-        else:
-            solver = BlockSolver(*arguments, **options)
+            make = partial(PooledSolver, self.world)
+        pairs = None if recorder is None else StreamPairs(recorder, model)
+        solver = make(
+            self.handle, model, block, self.plan, self.method,
+            hook=self.hook, pairs=pairs, warn=lambda text: self.ctx.emit("warning", text=text),
+        )  # fmt: skip
         solver.limits, solver.shared = self.limits, self.shared
         if walker is not None and hidden is not None:
             walker.forward(block, hidden, solver, advance, pairs)

@@ -19,7 +19,7 @@ from llmcompress.models.capture import write_expert_weight
 from llmcompress.models.orientation import canonical
 from llmcompress.quant.codecs import int_group
 from llmcompress.quant.packed import PackedWeight
-from llmcompress.stages.blockwise.block_solver import BlockSolver, check_finite, cpu, joined, ratio
+from llmcompress.stages.blockwise.block_solver import BlockSolver, check_finite, cpu
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,9 +49,6 @@ class PooledSolver(BlockSolver):
         ]
         owners = greedy_bin_packing(costs, world.size)
         self._owners = {group.linears[0].name: owner for group, owner in zip(groups, owners)}
-        self._parts: dict[str, list[PackedWeight]] = {}
-        self._above: dict[str, float] = {}
-        self._below: dict[str, float] = {}
 
     def router(self, bank: ExpertBank, router: Router, x: Tensor) -> None:
         """Let the hook see all tokens, on rank 0, and tell everyone what it made of the router."""
@@ -119,7 +116,7 @@ class PooledSolver(BlockSolver):
         tokens, usable = None, [False] * count
         if gram is not None:
             tokens = self.world.add_counts([sum(c) for c in zip(*(g.tokens.tolist() for g in gram.shards))])
-            usable = self._usable(name, experts.start, tokens, columns)
+            usable = self._usable(name, experts.start, tokens, self.rare.needed(columns))
         costs = [solve_cost(rows, columns) if use else float(rows * columns) for use in usable]
         owners = greedy_bin_packing(costs, self.world.size)
         hessians = self._dealt(bank, name, experts, gram, shared, owners, tokens)
@@ -132,19 +129,6 @@ class PooledSolver(BlockSolver):
             weight = float(hessians[item][0].mass) if item in hessians else 1.0
             figures[str(expert)] = [above * weight, below * weight]
         self._collect(bank, name, experts, spec, owners, own, figures)
-
-    def _usable(self, name: str, start: int, tokens: list[int], columns: int) -> list[bool]:
-        """Which experts have a Hessian to solve with, by the policy for rare ones; notes the others."""
-        needed = self.rare.needed(columns)
-        found = []
-        for expert, seen in enumerate(tokens, start):
-            found.append(seen > 0 and (seen >= needed or self.rare.blend))
-            if seen == 0:
-                self.warn(f"{name}: expert {expert} saw no calibration token; rounded to nearest")
-                self.record.setdefault("unseen_experts", {}).setdefault(name, []).append(expert)
-            elif seen < needed:
-                self.record.setdefault("rare_experts", {}).setdefault(name, []).append(expert)
-        return found
 
     def _dealt(
         self, bank: ExpertBank, name: str, experts: slice, gram: Moments | None, shared: Callable[[int], Moments],
@@ -230,14 +214,8 @@ class PooledSolver(BlockSolver):
         _, rows, columns = bank.shape(name)
         chunk = PackedWeight((experts.stop - experts.start, rows, columns), spec, stacked)
         write_expert_weight(self.model.get_submodule(bank.module), bank, name, experts, int_group.decode(chunk))
-        self._above[name] = self._above.get(name, 0.0) + sum(pair[0] for pair in totals.values())
-        self._below[name] = self._below.get(name, 0.0) + sum(pair[1] for pair in totals.values())
-        parts = self._parts.setdefault(name, [])
-        parts.append(chunk)
-        if experts.stop == bank.num_experts:
-            self.packed[name] = joined(bank.shape(name), spec, self._parts.pop(name))
-            self.record["errors"][name] = ratio(self._above.pop(name), self._below.pop(name))
-            self._sources.pop(name, None)
+        above, below = (sum(pair[side] for pair in totals.values()) for side in range(2))
+        self._stack(bank, name, experts, chunk, above, below)
 
     def _summed(self, moments: Moments, owner: int) -> Gram | None:
         """The moments of a single matrix over all shards, on the owner."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
 from llmcompress.stages.blockwise.rules import RulesField
@@ -38,12 +38,13 @@ class QuantizerConfig(StageConfig):
 
 
 class Quantizer(BlockStage):
-    """Rounds the weights that its ``rules`` choose, each block with the activations of the quantized ones before it."""
+    """Rounds the weights that its ``rules`` choose, each block with the activations of the quantized ones before it.
+
+    One whose method does not look at activations consumes no ``CALIBRATION``, and is estimated without statistics.
+    """
 
     distributed = True
     consumes = frozenset({Kind.MODEL, Kind.CALIBRATION})
-    hessians: ClassVar[bool] = True
-    """Whether it collects statistics of activations: as its config's method does, which estimates cannot load."""
 
     def check(self, layout: ModelLayout) -> list[str]:
         """Rules that match nothing."""
@@ -55,7 +56,7 @@ class Quantizer(BlockStage):
         """One block of weights, its Hessians and the activation streams."""
         from llmcompress.stages.blockwise.estimate import estimate_blockwise
 
-        return estimate_blockwise(self.config, inputs, self.hessians)
+        return estimate_blockwise(self.config, inputs, hessians=Kind.CALIBRATION in self.consumes)
 
     def run(self, state: RunState, ctx: RunContext) -> None:
         """Quantize the blocks that are not finished yet."""

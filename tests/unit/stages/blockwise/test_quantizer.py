@@ -11,6 +11,7 @@ from llmcompress.algorithms.grids import find_grid
 from llmcompress.algorithms.rounding import Rounded, round_weights
 from llmcompress.quant.codecs import int_group
 from llmcompress.stages import stage_types
+from llmcompress.stages.base import Kind
 from llmcompress.stages.blockwise.method import Method
 from llmcompress.stages.blockwise.quantizer import Quantizer, QuantizerConfig
 
@@ -45,7 +46,7 @@ class DownStage(Quantizer):
     """The stage."""
 
     Config = DownConfig
-    hessians = False
+    consumes = frozenset({Kind.MODEL})
 
 
 def test_a_method_of_ones_own_chooses_the_codes(tiny: Any, tmp_path: Path) -> None:
@@ -78,4 +79,4 @@ def test_estimates_know_which_methods_look_at_activations() -> None:
     assert set(quantizers) == {"rtn", "gptq", "qesc"}
     for name, stage in quantizers.items():
         config = stage.Config.model_validate({"rules": RULES})
-        assert stage.hessians == config.method().hessians, name
+        assert (Kind.CALIBRATION in stage.consumes) == config.method().hessians, name
