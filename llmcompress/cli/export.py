@@ -70,7 +70,9 @@ def _free_folders(base: Path, formats: list[str]) -> dict[str, Path]:
     Raises:
         ExportError: One is there, such as of a command that was stopped after its first format.
     """
-    folders = {name: base if name == "native" else base.with_name(f"{base.name}-{name}") for name in formats}
+    from llmcompress.export.base import artifact_folder
+
+    folders = {name: artifact_folder(base, name) for name in formats}
     if taken := {name: str(folder) for name, folder in folders.items() if folder.exists()}:
         rest = f"leave out --format {' and '.join(taken)}, " if len(taken) < len(folders) else ""
         raise ExportError(

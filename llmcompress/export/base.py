@@ -55,6 +55,10 @@ class Exporter(ABC):
     loading = ""
     """How an artifact is loaded: a fenced block for its model card, ``PATH`` is its folder. Empty to say nothing."""
 
+    def __init__(self, dense_dtype: str = "auto") -> None:
+        """``dense_dtype`` is for a format that leaves weights dense and has a choice of their type."""
+        self.dense_dtype = dense_dtype
+
     @abstractmethod
     def refusals(self, layout: ModelLayout, plan: QuantPlan, policies: Policies) -> list[str]:
         """Return every reason for which this format cannot hold the model; empty means it can."""
@@ -120,24 +124,19 @@ class Exporter(ABC):
         """
 
 
-def expert_slice(packed: PackedWeight, expert: int, rows: slice) -> PackedWeight:
-    """Cut rows of one expert out of stacked experts; rows are packed independently, so no bit moves.
+def expert_rows(packed: PackedWeight, rows: slice, expert: int | None = None) -> PackedWeight:
+    """Cut rows out of stacked experts; rows are packed independently, so no bit moves.
 
     Args:
         packed: ``[E, N, K]``.
-        expert: Which expert.
         rows: Rows of N.
+        expert: Of which expert, ``[n, K]``; None for all, ``[E, n, K]``.
     """
-    tensors = {key: tensor[expert, rows].contiguous() for key, tensor in packed.tensors.items()}
+    experts = slice(None) if expert is None else expert
+    tensors = {key: tensor[experts, rows].contiguous() for key, tensor in packed.tensors.items()}
     count = len(range(*rows.indices(packed.shape[1])))
-    return PackedWeight((count, packed.shape[2]), packed.spec, tensors)
-
-
-def expert_rows(packed: PackedWeight, rows: slice) -> PackedWeight:
-    """Cut the same rows out of every expert of a stack ``[E, N, K]``."""
-    tensors = {key: tensor[:, rows].contiguous() for key, tensor in packed.tensors.items()}
-    count = len(range(*rows.indices(packed.shape[1])))
-    return PackedWeight((packed.shape[0], count, packed.shape[2]), packed.spec, tensors)
+    leading = packed.shape[:1] if expert is None else ()
+    return PackedWeight((*leading, count, packed.shape[2]), packed.spec, tensors)
 
 
 def some(names: Iterable[str]) -> str:
@@ -180,10 +179,7 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return found
 
 
-BlockTensors = dict[str, "Tensor | PackedWeight"]
-
-
-def block_tensors(handle: ModelHandle, store: PackedStore, block: Block) -> BlockTensors:
+def block_tensors(handle: ModelHandle, store: PackedStore, block: Block) -> dict[str, Tensor | PackedWeight]:
     """All weights of one block after compression, by run-time name.
 
     Linears appear as ``<module>.weight``; experts under their plan names, canonical ``[E, N, K]``
@@ -195,7 +191,7 @@ def block_tensors(handle: ModelHandle, store: PackedStore, block: Block) -> Bloc
     from llmcompress.nn.mixers import SCALE
 
     patch = store.read_block(block.index)
-    found: BlockTensors = {}
+    found: dict[str, Tensor | PackedWeight] = {}
     for view in block.kept:
         found[view.name] = handle.checkpoint.tensor(view.name)
     for linear in block.linears():
@@ -222,6 +218,47 @@ def outside_tensors(handle: ModelHandle) -> Iterator[tuple[str, Tensor]]:
     """Embedding, final norm and (untied) head, by run-time name."""
     for view in handle.layout.outside:
         yield view.name, handle.checkpoint.tensor(view.name)
+
+
+def hub_weights(
+    layout: ModelLayout, block: Block, tensors: Iterable[tuple[str, Tensor | PackedWeight]]
+) -> Iterator[tuple[str, Tensor | PackedWeight]]:
+    """Yield a block's tensors under hub names; stacked experts are cut apart where hub checkpoints hold them so.
+
+    Args:
+        layout: The model's layout.
+        block: The block they belong to.
+        tensors: Run-time names and values, as those of :func:`block_tensors`.
+
+    Yields:
+        Packed weights by module, without ``.weight``; dense tensors by their full name.
+    """
+    from llmcompress.models.orientation import family_orientation
+
+    disk, bank = layout.disk, block.bank
+    for name, value in tensors:
+        if bank is None or name not in bank.names:
+            if isinstance(value, PackedWeight):
+                yield disk.name(name).removesuffix(".weight"), value
+            else:
+                for piece, rows in disk.pieces(name).items():
+                    yield piece, value[rows] if value.ndim else value
+        elif disk.experts is None:
+            assert not isinstance(value, PackedWeight), "a packed stack was refused earlier"
+            yield disk.name(name), family_orientation(bank, name, value)
+        else:
+            for expert in range(bank.num_experts):
+                names = disk.expert(bank, name, expert)
+                for key, rows in bank.parts(name).items():
+                    if isinstance(value, PackedWeight):
+                        yield names[key].removesuffix(".weight"), expert_rows(value, rows, expert)
+                    else:
+                        yield names[key], value[expert, rows]
+
+
+def artifact_folder(base: Path, name: str) -> Path:
+    """Folder of an artifact in the format ``name``: ``base`` of the native one, the others beside it."""
+    return base if name == "native" else base.with_name(f"{base.name}-{name}")
 
 
 class ShardWriter:

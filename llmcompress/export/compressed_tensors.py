@@ -25,7 +25,7 @@ from llmcompress.export.base import (
     block_tensors,
     decoded,
     dense_config,
-    expert_slice,
+    hub_weights,
     outside_tensors,
     require_equal,
     require_no_other,
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from llmcompress.models.handle import ModelHandle
-    from llmcompress.models.layout import Block, ExpertBank, ModelLayout
+    from llmcompress.models.layout import Block, ModelLayout
     from llmcompress.models.quantization_config import Policies
     from llmcompress.quant.spec import QuantPlan, QuantSpec
     from llmcompress.quant.store import PackedStore
@@ -145,7 +145,7 @@ class CompressedTensorsExporter(Exporter):
             for name, tensor in outside_tensors(handle):
                 yield handle.layout.disk.name(name), tensor
             for block in handle.layout.blocks:
-                for name, value in hub_weights(handle, store, block):
+                for name, value in _weights(handle, store, block):
                     yield from _stored(name, value, whole)
 
         quantization = quantization_config(handle.layout, store.plan(), policies)
@@ -172,7 +172,7 @@ class CompressedTensorsExporter(Exporter):
         with SafetensorsFolder(out) as files:
             left = files.names()
             for block in handle.layout.blocks:
-                for name, value in hub_weights(handle, store, block):
+                for name, value in _weights(handle, store, block):
                     parts = {full: files.tensor(full) for full, _ in _stored(name, value, whole)}
                     left -= set(parts)
                     if not isinstance(value, PackedWeight):
@@ -194,39 +194,12 @@ class CompressedTensorsExporter(Exporter):
         require_no_other(out, left)
 
 
-def hub_weights(handle: ModelHandle, store: PackedStore, block: Block) -> Iterator[tuple[str, Tensor | PackedWeight]]:
-    """Yield a block's tensors under hub names; stacked experts are cut apart.
-
-    Packed weights are named by module, without ``.weight``; dense tensors by their full name.
-    """
-    layout, bank = handle.layout, block.bank
-    for name, value in block_tensors(handle, store, block).items():
-        if bank is not None and name in bank.names:
-            yield from _expert_weights(layout, bank, name, value)
-        elif isinstance(value, PackedWeight):
-            yield layout.disk.name(name).removesuffix(".weight"), value
-        else:
-            for piece, rows in layout.disk.pieces(name).items():
-                yield piece, value[rows].contiguous() if value.ndim else value
-
-
-def _expert_weights(
-    layout: ModelLayout, bank: ExpertBank, name: str, value: Tensor | PackedWeight
-) -> Iterator[tuple[str, Tensor | PackedWeight]]:
-    if layout.disk.experts is None:
-        # refused earlier when packed; dense experts of such families keep their stacked form
-        from llmcompress.models.orientation import family_orientation
-
-        assert not isinstance(value, PackedWeight)
-        yield layout.disk.name(name), family_orientation(bank, name, value)
-        return
-    for expert in range(bank.num_experts):
-        names = layout.disk.expert(bank, name, expert)
-        for key, part in bank.parts(name).items():
-            if isinstance(value, PackedWeight):
-                yield names[key].removesuffix(".weight"), _wide_scale(expert_slice(value, expert, part))
-            else:
-                yield names[key], value[expert, part].contiguous()
+def _weights(handle: ModelHandle, store: PackedStore, block: Block) -> Iterator[tuple[str, Tensor | PackedWeight]]:
+    """A block's tensors under hub names, scales of experts widened."""
+    tensors = block_tensors(handle, store, block).items()
+    names = block.bank.names if block.bank is not None else ()
+    widened = ((n, _wide_scale(v) if n in names and isinstance(v, PackedWeight) else v) for n, v in tensors)
+    return hub_weights(handle.layout, block, widened)
 
 
 def _wide_scale(packed: PackedWeight) -> PackedWeight:

@@ -37,7 +37,7 @@ def exporter(name: str, dense_dtype: str = "auto") -> Exporter:
     if name in BUILT_IN:
         module, _, attribute = BUILT_IN[name].partition(":")
         made = getattr(importlib.import_module(module), attribute)
-        found: Exporter = made(dense_dtype) if name == "dense" else made()
+        found: Exporter = made(dense_dtype)
         return found
     if name in names(GROUP):
         return _of_another_package(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 
     from llmcompress.models.quantization_config import Policies
 
-POLICIES = ("pesf", "state_cache", "activations", "embeddings")
+# policy → module of llmcompress.nn whose ``attach`` makes it active, in the order in which they attach; embeddings are
+# modules of their own before weights are read
+POLICIES = {"pesf": "skipping", "activations": "activations", "state_cache": "mixers", "embeddings": None}
 
 
 def compressed_model(
@@ -170,18 +173,9 @@ def attach_policies(model: PreTrainedModel, layout: ModelLayout, policies: Polic
         raise InputError(
             f"unknown policy {', '.join(unknown)}", "the model was saved by a newer version: upgrade llmcompress"
         )
-    if "pesf" in policies:
-        from llmcompress.nn.skipping import attach
-
-        attach(model, layout, policies["pesf"])
-    if "activations" in policies:
-        from llmcompress.nn import activations
-
-        activations.attach(model, layout, policies["activations"])
-    if "state_cache" in policies:
-        from llmcompress.nn import mixers
-
-        mixers.attach(model, layout, policies["state_cache"])
+    for name, module in POLICIES.items():
+        if name in policies and module is not None:
+            import_module(f"llmcompress.nn.{module}").attach(model, layout, policies[name])
 
 
 def prepare_policies(model: PreTrainedModel, layout: ModelLayout, policies: Policies) -> None:

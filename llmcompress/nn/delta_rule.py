@@ -8,7 +8,6 @@ Legend: S sequences, T tokens, H value heads, G key heads, V and K columns of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from llmcompress_kernels.reference.delta import unit
@@ -43,11 +42,10 @@ class DeltaRule:
 
     Args:
         mixer: The mixer that has them.
-        whole: transformers' function over a sequence.
     """
 
-    def __init__(self, mixer: Mixer, whole: Callable[..., Any]) -> None:
-        self.mixer, self.whole = mixer, whole
+    def __init__(self, mixer: Mixer) -> None:
+        self.mixer = mixer
 
     def over_sequence(
         self, query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, initial_state: Any = None, **rest: Any
@@ -57,7 +55,7 @@ class DeltaRule:
         state = None if mixer.held is None else mixer.held.load()
         if not mixer.simulates:
             before = None if state is None else state.mT
-            found: tuple[Tensor, Any] = self.whole(query, key, value, g=g, beta=beta, initial_state=before, **rest)
+            found: tuple[Tensor, Any] = mixer.whole(query, key, value, g=g, beta=beta, initial_state=before, **rest)
             return found
         inputs = gathered(query, key, value, g, beta)
         if mixer.runtime.inspect is not None:

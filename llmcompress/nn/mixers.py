@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import FunctionType, MethodType
+from types import MethodType
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -27,6 +27,7 @@ from llmcompress.algorithms.selective_scan import ScanInputs, scan
 from llmcompress.errors import InputError
 from llmcompress.nn import delta_rule
 from llmcompress.nn.decode_step import DecodeStep
+from llmcompress.nn.scan_override import forward_with
 from llmcompress.nn.states import PackedState, StateQuantizer, adopt
 from llmcompress.quant.states import BITS, CODECS, DITHERED, Rounding, StateSpec
 
@@ -231,19 +232,10 @@ class Mixer:
 
     def install(self) -> None:
         """Replace the mixer's forward."""
-        original = inspect.unwrap(type(self.mixer).forward)
         names = FUNCTIONS[self.view.kind]
-        missing = [name for name in names if name not in original.__globals__ or name not in original.__code__.co_names]
-        if missing:
-            raise InputError(
-                f"{type(self.mixer).__name__} of the installed transformers has no {', '.join(missing)}",
-                "install the version named in pyproject.toml",
-            )
-        self.whole = original.__globals__[names[0]]
-        ours = self._functions()
-        scope = {**original.__globals__, **dict(zip(names, ours))}
-        forward = FunctionType(original.__code__, scope, original.__name__, original.__defaults__, original.__closure__)
-        forward.__kwdefaults__ = original.__kwdefaults__
+        forward = forward_with(self.mixer, dict(zip(names, self._functions())))
+        # transformers' function over a sequence
+        self.whole = inspect.unwrap(type(self.mixer).forward).__globals__[names[0]]
         quantized, one = self, None if self.view.rule else DecodeStep(self.mixer)
 
         def wrapped(mixer: nn.Module, hidden_states: Tensor, cache: Any = None, *args: Any, **kw: Any) -> Tensor:
@@ -268,7 +260,7 @@ class Mixer:
     def _functions(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """What takes the place of the two, over a sequence and for a token."""
         if self.view.rule:
-            rule = delta_rule.DeltaRule(self, self.whole)
+            rule = delta_rule.DeltaRule(self)
             return rule.over_sequence, rule.one_token
         return (self.chunk_scan, self.head_update) if self.view.kind == "mamba2" else (self.scan1, self.update1)
 
@@ -358,11 +350,7 @@ class Mixer:
         """``mamba2_selective_state_update``: ``x, dt [S, H, P]``, ``A [H, P, N]`` expanded, ``B, C [S, G, N]``."""
         dt = _time_steps(dt[..., :1], None if dt_bias is None else dt_bias[:, :1], dt_softplus)
         output = state.decode(hidden_states, dt.float(), A[:, :1, :1].float(), B, C)
-        if D is not None:
-            output = output + hidden_states.float() * D.float()
-        if z is not None:
-            output = output * silu(z.float())
-        return output.to(hidden_states.dtype)
+        return _finished(output, hidden_states, D, z)
 
     def scan1(  # noqa: PLR0913, PLR0917 - the signature is transformers'
         self,
@@ -401,12 +389,7 @@ class Mixer:
         if self.runtime.inspect is not None:
             self.runtime.inspect(self.quantizer.layer, inputs)
         rows, state = scan(inputs, state, self.store if self.simulates else None)
-        output = rows.flatten(2).transpose(1, 2)
-        if D is not None:
-            output = output + hidden_states.float() * D.float()[:, None]
-        if z is not None:
-            output = output * silu(z.float())
-        output = output.to(hidden_states.dtype)
+        output = _finished(rows.flatten(2).transpose(1, 2), hidden_states, None if D is None else D[:, None], z)
         return (output, state.flatten(1, 2)) if return_last_state else output
 
     def update1(  # noqa: PLR0913, PLR0917 - the signature is transformers'
@@ -428,11 +411,7 @@ class Mixer:
         dt = _time_steps(dt, dt_bias, dt_softplus).float().unflatten(-1, heads)
         a = A.float().view(*heads, self.view.states)
         output = state.decode(hidden_states.unflatten(-1, heads), dt, a, B.unsqueeze(1), C.unsqueeze(1)).flatten(1)
-        if D is not None:
-            output = output + hidden_states.float() * D.float()
-        if z is not None:
-            output = output * silu(z.float())
-        return output.to(hidden_states.dtype)
+        return _finished(output, hidden_states, D, z)
 
     def store(self, fresh: Tensor, token: int) -> Tensor:
         """What the state of token ``token`` of a sequence becomes by being stored."""
@@ -451,6 +430,15 @@ class Mixer:
         position = torch.arange(tokens, device=device)[None]
         prompt = self.runtime.prompt
         return position < (prompt if isinstance(prompt, int) else prompt.to(device)[:, None])
+
+
+def _finished(output: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    """``(output + D x) silu(z)`` in fp32, then in the type of ``x``; D broadcast over ``x``."""
+    if D is not None:
+        output = output + x.float() * D.float()
+    if z is not None:
+        output = output * silu(z.float())
+    return output.to(x.dtype)
 
 
 def _time_steps(dt: Tensor, bias: Tensor | None, positive: bool) -> Tensor:

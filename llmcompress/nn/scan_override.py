@@ -7,7 +7,7 @@ gates, norms and multipliers stay transformers' own, so this works for every fam
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FunctionType, MethodType
 from typing import Any
@@ -16,10 +16,35 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError
+from llmcompress.models.capture import replaced_forward
 
 SCAN = "mamba2_chunk_scan"
 # drive [S, T, H, P], decay [S, T, H], b and c [S, T, G, N], all fp32, to [S, T, H, P]
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def forward_with(mixer: nn.Module, ours: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """A copy of the forward of a mixer's class in which some names mean other functions; takes the mixer first.
+
+    Args:
+        mixer: A mixer of transformers.
+        ours: Names of functions of its modelling file → what they shall mean.
+
+    Raises:
+        InputError: The installed transformers has another mixer.
+    """
+    original = inspect.unwrap(type(mixer).forward)
+    code = original.__code__
+    missing = [name for name in ours if name not in original.__globals__ or name not in code.co_names]
+    if missing:
+        raise InputError(
+            f"{type(mixer).__name__} of the installed transformers has no {', '.join(missing)}",
+            "install the version named in pyproject.toml",
+        )
+    scope = {**original.__globals__, **ours}
+    forward = FunctionType(code, scope, original.__name__, original.__defaults__, original.__closure__)
+    forward.__kwdefaults__ = original.__kwdefaults__
+    return forward
 
 
 @contextmanager
@@ -33,12 +58,6 @@ def scanned_by(mixer: nn.Module, scan: Scan) -> Iterator[None]:
     Raises:
         InputError: The installed transformers has another mixer.
     """
-    original = inspect.unwrap(type(mixer).forward)
-    if SCAN not in original.__code__.co_names:
-        raise InputError(
-            f"{type(mixer).__name__} of the installed transformers has no {SCAN}",
-            "install the version named in pyproject.toml",
-        )
 
     def ours(  # noqa: PLR0913, PLR0917 - the signature is transformers'
         hidden_states: Tensor,
@@ -65,15 +84,6 @@ def scanned_by(mixer: nn.Module, scan: Scan) -> Iterator[None]:
         y = y.to(hidden_states.dtype)
         return (y, torch.empty(0)) if return_final_states else y
 
-    scope = {**original.__globals__, SCAN: ours}
-    forward = FunctionType(original.__code__, scope, original.__name__, original.__defaults__, original.__closure__)
-    forward.__kwdefaults__ = original.__kwdefaults__
-    previous = mixer.__dict__.get("forward")
-    mixer.forward = MethodType(forward, mixer)  # type: ignore[method-assign]
-    try:
+    forward = forward_with(mixer, {SCAN: ours})
+    with replaced_forward(mixer, MethodType(forward, mixer)):
         yield
-    finally:
-        if previous is None:
-            del mixer.forward
-        else:
-            mixer.forward = previous  # type: ignore[method-assign]

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from llmcompress.durable import write_durably
 from llmcompress.errors import ExportError
+from llmcompress.export.base import artifact_folder
 from llmcompress.export.registry import formats
 from llmcompress.models.paths import ADAPTER
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
@@ -178,7 +179,7 @@ class Export(Stage):
 
     def _target(self, name: str, ctx: RunContext) -> Path:
         base = Path(self.config.dir) if self.config.dir else ctx.run_dir / "artifact"
-        return base if name == "native" else base.with_name(f"{base.name}-{name}")
+        return artifact_folder(base, name)
 
     def _write_once(
         self, exporter: Exporter, state: RunState, out: Path, facts: dict[str, Any], ctx: RunContext

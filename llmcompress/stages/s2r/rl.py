@@ -13,8 +13,15 @@ from llmcompress.section import Section
 from llmcompress.stages.base import Estimate, PlanInputs, StageConfig
 from llmcompress.stages.s2r.config import CHECKPOINT, SamplingConfig, TrainingConfig, estimate_training
 from llmcompress.stages.s2r.training import TrainingStage, from_trl, noted, refuse_for_trl
-from llmcompress.stages.s2r.work import GATE_PROBLEMS, measured, passes, problem_count, trained, with_work
-from llmcompress.stages.s2r.work import PROMPT_TOKENS as PROBLEM_TOKENS
+from llmcompress.stages.s2r.work import (
+    GATE_PROBLEMS,
+    PROMPT_TOKENS,
+    measured,
+    passes,
+    problem_count,
+    trained,
+    with_work,
+)
 
 if TYPE_CHECKING:
     from llmcompress.algorithms.rl_objectives import GroupBaseline
@@ -25,8 +32,8 @@ if TYPE_CHECKING:
     from llmcompress.training.policy import Policy
     from llmcompress.training.rl import RlSettings
 
-# more than the longest prompt of a problem, for plans
-PROMPT_TOKENS = 2048
+# more tokens than the longest prompt of a problem has, for plans
+LONGEST_PROMPT = 2048
 
 
 class BaselineConfig(Section):
@@ -279,7 +286,7 @@ class S2RRl(TrainingStage):
     def estimate(self, inputs: PlanInputs) -> Estimate:
         """Training dominates; sampling fits beside it because gradients are free then."""
         c = self.config
-        length = min(c.max_length, PROMPT_TOKENS + c.sampling.max_new_tokens)
+        length = min(c.max_length, LONGEST_PROMPT + c.sampling.max_new_tokens)
         checkpoints = int(c.checkpoint_every is not None)
         found = estimate_training(c, inputs, length, c.micro_batch, checkpoints, copy=c.average > 0)
         return noted(with_work(found, self._work(inputs)), c.engine, c.sampler)
@@ -287,7 +294,7 @@ class S2RRl(TrainingStage):
     def _work(self, inputs: PlanInputs) -> list[float | None]:
         """Arithmetic of sampling, scoring (policy and reference), training and measuring."""
         c = self.config
-        length = PROBLEM_TOKENS + c.sampling.max_new_tokens
+        length = PROMPT_TOKENS + c.sampling.max_new_tokens
         known = problem_count(c.task, c.problems, "train")
         every = None if known is None else float(known)
         if c.mode == "online":

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmcompress.errors import ExportError
+from llmcompress.export.base import hub_weights
 from llmcompress.export.compressed_tensors import CompressedTensorsExporter
-from llmcompress.export.dense import DenseExporter, hub_dense
+from llmcompress.export.dense import DenseExporter
 from llmcompress.models.handle import ModelHandle
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn.embedding import pack_rows
@@ -27,12 +28,11 @@ def test_experts_are_cut_apart_under_hub_names() -> None:
     block = layout.blocks[0]
     assert block.bank is not None
     stack = torch.arange(3 * 12 * 8.0).reshape(3, 12, 8)
-    found = dict(hub_dense(layout, block, {block.bank.gate_up: stack}, lambda _: torch.bfloat16))
+    found = dict(hub_weights(layout, block, [(block.bank.gate_up, stack)]))
     assert len(found) == 6
     gate = found["model.layers.0.block_sparse_moe.experts.1.w1.weight"]
     up = found["model.layers.0.block_sparse_moe.experts.1.w3.weight"]
-    assert gate.dtype == torch.bfloat16
-    assert torch.equal(torch.cat((gate, up)), stack[1].bfloat16())
+    assert torch.equal(torch.cat((gate, up)), stack[1])
 
 
 def test_stacked_families_get_their_own_orientation_back() -> None:
@@ -40,7 +40,7 @@ def test_stacked_families_get_their_own_orientation_back() -> None:
     block = layout.blocks[0]
     assert block.bank is not None
     stack = torch.arange(3 * 12 * 8.0).reshape(3, 12, 8)
-    ((name, tensor),) = hub_dense(layout, block, {block.bank.gate_up: stack}, lambda _: torch.float32)
+    ((name, tensor),) = hub_weights(layout, block, [(block.bank.gate_up, stack)])
     assert name == "model.layers.0.mlp.experts.gate_up_proj"
     assert tensor.shape == (3, 8, 12)
     # columns alternate: gate 0, up 0, gate 1, ...
@@ -60,7 +60,7 @@ def test_experts_without_a_gate() -> None:
     block = layout.blocks[0]
     assert block.bank is not None
     stack = torch.arange(3 * 6 * 8.0).reshape(3, 6, 8)
-    found = dict(hub_dense(layout, block, {block.bank.gate_up: stack}, lambda _: torch.float32))
+    found = dict(hub_weights(layout, block, [(block.bank.gate_up, stack)]))
     assert list(found) == [f"backbone.layers.0.mixer.experts.{expert}.up_proj.weight" for expert in range(3)]
     assert torch.equal(found["backbone.layers.0.mixer.experts.1.up_proj.weight"], stack[1])
     reasons = CompressedTensorsExporter().refusals(layout, {block.bank.gate_up: QuantSpec(4, 16, symmetric=True)}, {})

@@ -302,7 +302,7 @@ def test_responses_with_too_many_actions_are_dropped(pooled):
 def test_a_plan_takes_no_row_to_be_longer_than_it_can_get():
     from llmcompress.models.handle import ModelHandle
     from llmcompress.stages.base import PlanInputs
-    from llmcompress.stages.s2r.rl import PROMPT_TOKENS
+    from llmcompress.stages.s2r.rl import LONGEST_PROMPT
 
     layout = ModelHandle.open("asset:reference_reasoner").layout
 
@@ -311,4 +311,4 @@ def test_a_plan_takes_no_row_to_be_longer_than_it_can_get():
         return stage.estimate(PlanInputs(layout, 4, 4, 0, 0, {}, "cpu", positions=positions)).ram
 
     assert memory(512) == memory(max_length=512) < memory()
-    assert memory(sampling={"max_new_tokens": 52}) == memory(max_length=PROMPT_TOKENS + 52)
+    assert memory(sampling={"max_new_tokens": 52}) == memory(max_length=LONGEST_PROMPT + 52)
