@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llmcompress.errors import InputError
 from llmcompress.evaluation.batching import COMPARED_ROWS, automatic_batch
+from llmcompress.evaluation.scores import mean_stderr
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -128,10 +129,10 @@ def fidelity(
     every = torch.cat(all_kl)
     return FidelityResult(
         kl=math.fsum(window_kl) / len(window_kl),
-        kl_stderr=_stderr(window_kl),
+        kl_stderr=mean_stderr(window_kl),
         kl_p99=_quantile(every, 0.99),
         top1=math.fsum(window_top1) / len(window_top1),
-        top1_stderr=_stderr(window_top1),
+        top1_stderr=mean_stderr(window_top1),
         logit_error=math.sqrt(error / norm) if norm else 0.0,
         tokens=every.numel(),
         seconds_dense=seconds_dense,
@@ -146,13 +147,6 @@ def _timed(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, float]:
     if logits.is_cuda:
         torch.cuda.synchronize(logits.device)  # or the pass after it would seem to take this one's time
     return logits, time.perf_counter() - started
-
-
-def _stderr(values: list[float]) -> float | None:
-    if len(values) < 2:
-        return None
-    mean = math.fsum(values) / len(values)
-    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
 
 
 def _quantile(values: Tensor, share: float) -> float:

@@ -8,12 +8,15 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
 
 from llmcompress.errors import RecipeError
 from llmcompress.section import Section
+
+if TYPE_CHECKING:
+    from llmcompress.stages.state import Metric
 
 
 class GateConfig(Section):
@@ -40,22 +43,6 @@ class GateConfig(Section):
         if sum(limit is not None for limit in limits) != 1:
             raise ValueError("give exactly one of max_rel_increase, max_abs_drop, max, min")
         return self
-
-
-class Measured(Protocol):
-    """What a gate looks at; :class:`llmcompress.stages.state.Metric` is one."""
-
-    @property
-    def name(self) -> str:
-        """``task.metric``."""
-
-    @property
-    def dense(self) -> float | None:
-        """Value of the dense twin."""
-
-    @property
-    def compressed(self) -> float | None:
-        """Value of the compressed model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +94,7 @@ def _unknown(gate: str, metric: str, names: list[str]) -> str:
     return f"gates.{gate}: no metric {metric!r} ({known})"
 
 
-def judge(gates: Mapping[str, GateConfig], metrics: Iterable[Measured], reference: str = "dense") -> list[GateResult]:
+def judge(gates: Mapping[str, GateConfig], metrics: Iterable[Metric], reference: str = "dense") -> list[GateResult]:
     """Compare metrics with limits.
 
     Args:
@@ -128,7 +115,7 @@ def judge(gates: Mapping[str, GateConfig], metrics: Iterable[Measured], referenc
     return [_judge_one(name, config, by_name[config.metric], reference) for name, config in gates.items()]
 
 
-def _judge_one(gate: str, config: GateConfig, metric: Measured, reference: str) -> GateResult:
+def _judge_one(gate: str, config: GateConfig, metric: Metric, reference: str) -> GateResult:
     value = metric.compressed if metric.compressed is not None else metric.dense
     if value is None:
         raise RecipeError(f"gates.{gate}: {metric.name} has no value", "measure it, or remove the gate")

@@ -5,10 +5,10 @@ Nothing here knows about stages or run folders: :mod:`llmcompress.stages.evaluat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from llmcompress.data.calibration import CalibrationSet, build, overlap
 from llmcompress.data.documents import read
@@ -18,12 +18,7 @@ from llmcompress.evaluation import harness
 from llmcompress.evaluation import recall as remembering
 from llmcompress.evaluation.batching import SHIFT_WINDOWS
 from llmcompress.evaluation.config import (
-    FidelityConfig,
-    GenerationConfig,
     Overlap,
-    PerplexityConfig,
-    RecallConfig,
-    TaskConfig,
     require_chat_template,
     require_windows,
 )
@@ -41,63 +36,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from llmcompress.models.streamed import StreamedModel
+    from llmcompress.stages.evaluate import EvaluateConfig
 
 Side = Literal["dense", "compressed", "without_policies"]
 Tell = Callable[[str], None]
 REFUSED_OVERLAP = 0.01
 """Share of shared tokens from which held-out text no longer counts as held out."""
-
-
-class Settings(Protocol):
-    """The fields of an evaluate section that measuring reads."""
-
-    @property
-    def perplexity(self) -> Mapping[str, PerplexityConfig]:
-        """Texts by name."""
-
-    @property
-    def fidelity(self) -> FidelityConfig | None:
-        """Comparison of output distributions."""
-
-    @property
-    def tasks(self) -> Sequence[str | TaskConfig]:
-        """lm-eval tasks."""
-
-    @property
-    def tasks_dir(self) -> str | None:
-        """Folder with local task data."""
-
-    @property
-    def log_samples(self) -> bool:
-        """Whether the requests of tasks are kept, where there is a folder for them."""
-
-    @property
-    def state_mode(self) -> Literal["per_token", "decode_only"]:
-        """Where low-bit states are rounded in tasks."""
-
-    @property
-    def limit(self) -> int | None:
-        """Row limit of tasks."""
-
-    @property
-    def recall(self) -> RecallConfig | None:
-        """Facts over distances."""
-
-    @property
-    def generation(self) -> GenerationConfig | None:
-        """Samples."""
-
-    @property
-    def overlap(self) -> Overlap:
-        """What to do about shared text."""
-
-    @property
-    def batch(self) -> int | Literal["auto"]:
-        """Windows per forward pass."""
-
-    @property
-    def offline(self) -> bool:
-        """Whether the network is off limits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +64,7 @@ class Prepared:
 
 
 def prepare(
-    config: Settings,
+    config: EvaluateConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     calibration: Tensor | None,
     context: int | None,
@@ -199,7 +143,7 @@ def open_tasks(prepared: Prepared, ledger: Ledger, sides: Sequence[Side]) -> Non
             harness.build(spec)
 
 
-def side_keys(config: Settings, prepared: Prepared, side: Side) -> list[str]:
+def side_keys(config: EvaluateConfig, prepared: Prepared, side: Side) -> list[str]:
     """Keys of all parts that one model contributes."""
     keys = [f"{side}.perplexity.{name}" for name in config.perplexity]
     if side != "without_policies":
@@ -213,7 +157,7 @@ def measure_side(
     side: Side,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    config: Settings,
+    config: EvaluateConfig,
     prepared: Prepared,
     ledger: Ledger,
     tell: Tell,
@@ -288,7 +232,7 @@ def _keep_written(side: Side, head: str, part: str, ledger: Ledger, tell: Tell, 
 def measure_streamed(
     side: Side,
     stream: Callable[[Sequence[Tensor]], StreamedModel],
-    config: Settings,
+    config: EvaluateConfig,
     prepared: Prepared,
     ledger: Ledger,
     tell: Tell,
@@ -316,7 +260,7 @@ def measure_streamed(
 def measure_pair(
     dense: PreTrainedModel,
     compressed: PreTrainedModel,
-    config: Settings,
+    config: EvaluateConfig,
     prepared: Prepared,
     ledger: Ledger,
     tell: Tell,
@@ -345,7 +289,7 @@ def measure_pair(
     return dict(found)
 
 
-def shift_windows(config: Settings, prepared: Prepared) -> Tensor:
+def shift_windows(config: EvaluateConfig, prepared: Prepared) -> Tensor:
     """Held-out windows ``[S, L]`` int64 for the expert-shift figures: those of fidelity, else of the first text."""
     if prepared.windows is not None:
         return prepared.windows.tokens

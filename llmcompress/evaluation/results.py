@@ -16,7 +16,8 @@ from llmcompress.evaluation.scores import ACCURACIES, Score, paired_stderr
 from llmcompress.evaluation.significance import window_rows
 
 if TYPE_CHECKING:
-    from llmcompress.evaluation.measure import Prepared, Settings, Side
+    from llmcompress.evaluation.measure import Prepared, Side
+    from llmcompress.stages.evaluate import EvaluateConfig
 
 NATIVE, SAMPLES = "native", "samples"
 
@@ -40,7 +41,7 @@ def decoding_rows(prepared: Prepared, ledger: Ledger) -> list[dict[str, Any]]:
     return rows
 
 
-def side_scores(side: Side, config: Settings, prepared: Prepared, ledger: Ledger) -> list[Score]:
+def side_scores(side: Side, config: EvaluateConfig, prepared: Prepared, ledger: Ledger) -> list[Score]:
     """Scores of one side from the ledger, in the recipe's order; parts that are missing are left out."""
     scores: list[Score] = []
     for name in config.perplexity:
@@ -55,7 +56,7 @@ def side_scores(side: Side, config: Settings, prepared: Prepared, ledger: Ledger
     return scores + remembering.scores(ledger.get(f"{side}.recall") or [])
 
 
-def position_table(config: Settings, ledger: Ledger) -> dict[str, Any]:
+def position_table(config: EvaluateConfig, ledger: Ledger) -> dict[str, Any]:
     """Mean negative log-likelihood by position in the window, per text and side."""
     found: dict[str, Any] = {}
     for name in config.perplexity:
@@ -66,7 +67,7 @@ def position_table(config: Settings, ledger: Ledger) -> dict[str, Any]:
     return found
 
 
-def skipping_summary(config: Settings, ledger: Ledger) -> dict[str, Any] | None:
+def skipping_summary(config: EvaluateConfig, ledger: Ledger) -> dict[str, Any] | None:
     """What expert skipping did and cost over all perplexity texts; None when no such policy was active.
 
     Experts skipped, slots dropped and time are separate figures: none of them follows from another.
@@ -207,7 +208,7 @@ def task_mean(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> list[d
     return [row]
 
 
-def without_policy_rows(config: Settings, ledger: Ledger) -> list[dict[str, Any]]:
+def without_policy_rows(config: EvaluateConfig, ledger: Ledger) -> list[dict[str, Any]]:
     """Rows for the perplexity of the compressed model with its run-time policies taken off."""
     rows = []
     for name in config.perplexity:

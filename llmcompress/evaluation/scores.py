@@ -83,10 +83,10 @@ def _score(task: str, metric: str, value: float, rows: list[Any], fallback: int,
     numbers = [float(row) for row in rows if isinstance(row, int | float)]
     n = len(rows) or fallback
     if len(numbers) == len(rows) and numbers and math.isclose(math.fsum(numbers) / len(numbers), value, rel_tol=1e-9):
-        return Score(task, metric, value, _stderr(numbers), n, higher, tuple(numbers))
+        return Score(task, metric, value, mean_stderr(numbers), n, higher, tuple(numbers))
     if metric == "perplexity" and len(numbers) == len(rows) > 1:
         # rows are log-likelihoods; delta method for exp(−mean)
-        spread = _stderr(numbers)
+        spread = mean_stderr(numbers)
         linear = tuple(-value * number for number in numbers)
         return Score(task, metric, value, None if spread is None else value * spread, n, higher, linear)
     return Score(task, metric, value, None, n, higher)
@@ -98,7 +98,8 @@ def _direction(metric: str, directions: Mapping[str, Any]) -> bool | None:
     return False if metric.endswith(_LOWER_IS_BETTER) else None
 
 
-def _stderr(values: Sequence[float]) -> float | None:
+def mean_stderr(values: Sequence[float]) -> float | None:
+    """Standard error of a mean of independent values; None for fewer than two."""
     if len(values) < 2:
         return None
     mean = math.fsum(values) / len(values)
@@ -114,7 +115,7 @@ def _pooled(name: str, scores: Sequence[Score]) -> list[Score]:
             rows = [row for part in parts for row in part.rows]
             mean = math.fsum(rows) / len(rows)
             direction, asked = parts[0].higher_is_better, _digest([part.asked for part in parts])
-            pooled.append(Score(name, metric, mean, _stderr(rows), len(rows), direction, tuple(rows), asked))
+            pooled.append(Score(name, metric, mean, mean_stderr(rows), len(rows), direction, tuple(rows), asked))
     return pooled
 
 
@@ -122,4 +123,4 @@ def paired_stderr(dense: Sequence[float], compressed: Sequence[float]) -> float 
     """Standard error of the mean difference of two models on the same rows; None when the rows do not pair up."""
     if len(dense) != len(compressed) or len(dense) < 2:
         return None
-    return _stderr([c - d for d, c in zip(dense, compressed)])
+    return mean_stderr([c - d for d, c in zip(dense, compressed)])

@@ -206,9 +206,6 @@ class Evaluate(Stage):
         config = self.config
         dense, compressed = _model_bytes(inputs)
         pair = bool(inputs.specs) and (config.fidelity is not None or config.expert_shift)
-        # packed weights are decoded one at a time
-        largest = max((math.prod(shape) for _, _, shape, _ in inputs.layout.quantizable()), default=0)
-        compressed += largest * inputs.compute_bytes if inputs.specs else 0
         weights = dense + compressed if pair else max(dense if config.dense else 0, compressed)
         peak = weights + peak_bytes(config, inputs.layout, inputs.compute_bytes)
         on_gpu = inputs.device == "cuda"
@@ -330,8 +327,6 @@ class _Evaluation:
         plan = {} if self.state.packed is None else self.state.packed.plan()
         inputs = replace(plan_inputs(self.state, self.ctx), specs=plan)
         dense, compressed = _model_bytes(inputs)
-        largest = max((math.prod(shape) for _, _, shape, _ in inputs.layout.quantizable()), default=0)
-        compressed += largest * inputs.compute_bytes if plan else 0
         work = peak_bytes(self.config, inputs.layout, inputs.compute_bytes)
         return streamed_sides(
             self.config, inputs.layout, {"dense": dense, "compressed": compressed}, work, self.ctx.ram
@@ -464,16 +459,18 @@ class _Evaluation:
 
 
 def _model_bytes(inputs: PlanInputs) -> tuple[int, int]:
-    """Bytes of the dense model in compute dtype, and of the compressed one with packed weights."""
+    """Bytes of the dense model in compute dtype, and of the compressed one: weights packed, and one of them decoded."""
     from llmcompress.quant.codecs import codec
 
     layout = inputs.layout
     outside = sum(math.prod(view.shape) for view in layout.outside)
     outside += sum(math.prod(view.shape) for block in layout.blocks for view in block.kept)
     dense = packed = outside * inputs.compute_bytes
+    largest = 0
     for name, _, shape, _ in layout.quantizable():
         full = math.prod(shape) * inputs.compute_bytes
+        largest = max(largest, full)
         dense += full
         spec = inputs.specs.get(name)
         packed += full if spec is None else codec(spec.codec).nbytes(shape, spec)
-    return dense, packed
+    return dense, packed + (largest if inputs.specs else 0)
