@@ -13,22 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-
-def kept_slots(reference: Tensor, chosen: Tensor) -> Tensor:
-    """Number of a token's reference experts that were chosen again.
-
-    Args:
-        reference: int64 ``[T, k]``, distinct experts per row, any order.
-        chosen: int64 ``[T, k]``.
-
-    Returns:
-        int64 ``[T]``, between 0 and k.
-    """
-    return (reference.unsqueeze(-1) == chosen.unsqueeze(-2)).any(-1).sum(-1)
+from llmcompress.algorithms.routing import RouterRule
 
 
 def shifted(reference: Tensor, chosen: Tensor) -> Tensor:
-    """Bool ``[T, k]``: which reference experts were not chosen again."""
+    """Bool ``[T, k]``: which reference experts were not chosen again; both int64 ``[T, k]``, distinct in each row."""
     return ~(reference.unsqueeze(-1) == chosen.unsqueeze(-2)).any(-1)
 
 
@@ -50,23 +39,21 @@ def rank_counts(scores: Tensor, reference: Tensor, chosen: Tensor) -> Tensor:
     return torch.bincount(rank.gather(-1, reference)[lost], minlength=scores.shape[-1])
 
 
-def kl_topk(logits: Tensor, logits_hat: Tensor, k: int) -> Tensor:
-    """Divergence of the routing distributions restricted to the full-precision top ``k``.
+def kl_topk(logits: Tensor, logits_hat: Tensor, reference: Tensor) -> Tensor:
+    """Divergence of the routing distributions restricted to the experts that the full-precision model chose.
 
-    Both logits are gathered at the full-precision top k and normalised there, so that the figure
-    compares the weights that matter.
+    Both logits are gathered there and normalised, so that the figure compares the weights that matter.
 
     Args:
         logits: float ``[T, N]`` of the full-precision model.
         logits_hat: float ``[T, N]`` of the compressed model.
-        k: Experts per token that count.
+        reference: int64 ``[T, k]`` experts of the full-precision model.
 
     Returns:
         float32 ``[T]``, KL(full precision ‖ compressed) in nats.
     """
-    top = logits.topk(k, dim=-1).indices
-    p = logits.gather(-1, top).float().log_softmax(-1)
-    q = logits_hat.gather(-1, top).float().log_softmax(-1)
+    p = logits.gather(-1, reference).float().log_softmax(-1)
+    q = logits_hat.gather(-1, reference).float().log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)
 
 
@@ -94,11 +81,11 @@ class ShiftTally:
     squared error of all logits that falls on the full-precision top K (Figure 4, orange), 0 where there is no error.
 
     Attributes:
-        top_k: Experts per token.
+        rule: By what experts are ranked, and how many a token has.
         cover: The K for which ``rank_cover`` and ``loss_share`` are reported.
     """
 
-    top_k: int
+    rule: RouterRule
     cover: Sequence[int] = ()
     tokens: int = 0
     changed: list[int] = field(default_factory=list)
@@ -106,56 +93,43 @@ class ShiftTally:
     error: dict[int, float] = field(default_factory=dict)
     error_total: float = 0.0
     kl_sum: float = 0.0
-    scored: int = 0
 
-    def add(
-        self,
-        reference: Tensor,
-        chosen: Tensor,
-        logits: Tensor | None = None,
-        logits_hat: Tensor | None = None,
-        scores_hat: Tensor | None = None,
-    ) -> None:
+    def add(self, reference: Tensor, chosen: Tensor, logits: Tensor, logits_hat: Tensor) -> None:
         """Count a batch of tokens.
 
         Args:
             reference: int64 ``[T, k]`` full-precision experts.
             chosen: int64 ``[T, k]`` compressed experts.
-            logits: ``[T, N]`` full-precision logits; with ``logits_hat`` they add the metrics on logits.
-            logits_hat: ``[T, N]`` compressed logits.
-            scores_hat: What the compressed router ranks by, where that is not the logit (sigmoid with a bias).
+            logits: float ``[T, N]`` full-precision logits.
+            logits_hat: float ``[T, N]`` compressed logits.
         """
-        distance = self.top_k - kept_slots(reference, chosen)
-        counts = torch.bincount(distance, minlength=self.top_k + 1).tolist()
-        self.changed = [a + b for a, b in zip(self.changed or [0] * (self.top_k + 1), counts)]
+        slots = self.rule.top_k + 1
+        counts = torch.bincount(shifted(reference, chosen).sum(-1), minlength=slots).tolist()
+        self.changed = [a + b for a, b in zip(self.changed or [0] * slots, counts)]
         self.tokens += reference.shape[0]
-        if logits is None or logits_hat is None:
-            return
-        counted = rank_counts(logits_hat if scores_hat is None else scores_hat, reference, chosen)
+        counted = rank_counts(self.rule.scores(logits_hat), reference, chosen)
         self.ranks = counted if self.ranks is None else self.ranks + counted
-        self.kl_sum += float(kl_topk(logits, logits_hat, self.top_k).double().sum())
-        self.scored += reference.shape[0]
+        self.kl_sum += float(kl_topk(logits, logits_hat, reference).double().sum())
         squared = (logits.double() - logits_hat.double()).square()
         self.error_total += float(squared.sum())
+        scores = self.rule.scores(logits)
         for k in self.cover:
-            top = logits.topk(k, dim=-1).indices
+            top = scores.topk(k, dim=-1).indices
             self.error[k] = self.error.get(k, 0.0) + float(squared.gather(-1, top).sum())
 
     def rates(self) -> dict[str, float]:
         """All figures so far; empty before the first token."""
-        if not self.tokens:
+        if self.ranks is None:
             return {}
-        k, n = self.top_k, self.tokens
+        k, n, lost = self.rule.top_k, self.tokens, int(self.ranks.sum())
         values = {
             "cr_any": 1 - self.changed[0] / n,
             "cr_half": sum(c for d, c in enumerate(self.changed) if 2 * d >= k) / n,
             "cr_all": self.changed[k] / n,
             "overlap": sum(c * (1 - d / k) for d, c in enumerate(self.changed)) / n,
+            "kl_topk": self.kl_sum / n,
         }
-        if self.scored and self.ranks is not None:
-            lost = int(self.ranks.sum())
-            values["kl_topk"] = self.kl_sum / self.scored
-            for K in self.cover:
-                values[f"rank_cover_{K}"] = float(self.ranks[:K].sum()) / lost if lost else 1.0
-                values[f"loss_share_{K}"] = self.error.get(K, 0.0) / self.error_total if self.error_total else 0.0
+        for K in self.cover:
+            values[f"rank_cover_{K}"] = float(self.ranks[:K].sum()) / lost if lost else 1.0
+            values[f"loss_share_{K}"] = self.error.get(K, 0.0) / self.error_total if self.error_total else 0.0
         return values

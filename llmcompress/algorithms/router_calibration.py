@@ -345,7 +345,7 @@ def _split(solved: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor,
 def _rates(
     rule: RouterRule, target: Tensor, logits: Tensor, reference: Tensor, tokens: Tensor, K: int
 ) -> dict[str, float]:
-    tally = ShiftTally(rule.top_k, cover=(K,))
+    tally = ShiftTally(rule, cover=(K,))
     picked = logits[tokens]
-    tally.add(reference[tokens], rule.select(picked), target[tokens], picked, rule.scores(picked))
+    tally.add(reference[tokens], rule.select(picked), target[tokens], picked)
     return tally.rates()

@@ -138,19 +138,13 @@ class Builder:
         found = [self._trajectory(problem, samples, usable, number) for number in range(count)]
         return list({row.response: row for row in found if row is not None}.values())
 
-    def trajectory(self, problem: Problem, samples: Sequence[Sample]) -> Trajectory | None:
-        """Wrong trials first, all answers different, the last one right; None when the problem is not used."""
-        return self._trajectory(problem, samples, self.usable(problem, samples), 0)
-
     def _trajectory(
         self, problem: Problem, samples: Sequence[Sample], usable: Sequence[tuple[Sample, str]], number: int
     ) -> Trajectory | None:
+        """Wrong trials first, all answers different, the last one right; None when it is not kept."""
         rng = random.Random(f"{self.seed}:trajectory:{problem.key}" + (f":{number}" if number else ""))
         right = [pair for pair in usable if pair[0].right]
         wrong = [pair for pair in usable if not pair[0].right]
-        if not right:
-            self.counts["no right sample"] += 1
-            return None
         wanted = level(sum(not sample.right for sample in samples), len(samples))
         keep = self.keep
         probability = (keep.all_right, keep.few_wrong, keep.some_wrong, keep.most_wrong)[wanted - 1]

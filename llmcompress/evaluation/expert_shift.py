@@ -42,12 +42,8 @@ def recorded(model: nn.Module, banks: list[tuple[Block, ExpertBank]]) -> Iterato
 
         return hook
 
-    handles = [model.get_submodule(b.router.module).register_forward_hook(watch(k.index)) for k, b in banks]
-    try:
+    with _hooked(model, banks, watch):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -69,12 +65,20 @@ def forced_routing(
 
         return hook
 
-    handles = [model.get_submodule(b.router.module).register_forward_hook(steer(k.index)) for k, b in banks]
-    try:
+    with _hooked(model, banks, steer):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+@contextmanager
+def _hooked(
+    model: nn.Module, banks: list[tuple[Block, ExpertBank]], hook: Callable[[int], Callable[..., Any]]
+) -> Iterator[None]:
+    """Inside, every router has the forward hook made for its block's index."""
+    with ExitStack() as stack:
+        for block, bank in banks:
+            handle = model.get_submodule(bank.router.module).register_forward_hook(hook(block.index))
+            stack.callback(handle.remove)
+        yield
 
 
 def moe_blocks(layout: ModelLayout) -> list[tuple[Block, ExpertBank]]:
@@ -99,9 +103,8 @@ class ShiftRecorder:
         logits, reference = self._reference.pop(block.index)
         logits_hat, _, chosen = router(x_hat)
         k = block.bank.top_k
-        tally = ShiftTally(k, cover=(min(block.bank.num_experts, 2 * k),))
-        scores = router.rule(k).scores(logits_hat)
-        tally.add(reference, chosen, logits, logits_hat.float(), scores)
+        tally = ShiftTally(router.rule(k), cover=(min(block.bank.num_experts, 2 * k),))
+        tally.add(reference, chosen, logits, logits_hat.float())
         return RouterUpdate(record={"before": tally.rates()})
 
 
@@ -128,8 +131,10 @@ def measure_shift(
         and ``loss_share`` at 2k, and ``tokens_per_expert`` of both models.
     """
     banks = moe_blocks(layout)
-    tallies = {k.index: ShiftTally(b.top_k, cover=(min(b.num_experts, 2 * b.top_k),)) for k, b in banks}
-    rules = {k.index: Router(compressed, b.router).rule(b.top_k) for k, b in banks}
+    tallies = {
+        k.index: ShiftTally(Router(compressed, b.router).rule(b.top_k), cover=(min(b.num_experts, 2 * b.top_k),))
+        for k, b in banks
+    }
     loads = {k.index: (_zeros(b), _zeros(b)) for k, b in banks}
     for ids in tokens.split(batch or _batch(dense, tokens)):
         with recorded(dense, banks) as reference:
@@ -139,8 +144,7 @@ def measure_shift(
         for block, bank in banks:
             logits, _, chosen = reference[block.index]
             logits_hat, _, chosen_hat = (t.to(chosen.device) for t in judged[block.index])
-            scores = rules[block.index].scores(logits_hat)
-            tallies[block.index].add(chosen, chosen_hat, logits.float(), logits_hat.float(), scores)
+            tallies[block.index].add(chosen, chosen_hat, logits.float(), logits_hat.float())
             for load, choice in zip(loads[block.index], (chosen, chosen_hat)):
                 load.add_(tokens_per_expert(choice, bank.num_experts).cpu())
     return [

@@ -68,9 +68,10 @@ def test_a_linear_disturbance_is_undone_on_unseen_tokens(model, k):
     fitted, unseen = x[: T // 2], x[T // 2 :]
     rule = RouterRule(2)
     fit = calibrate_router(fitted @ w0.T, fitted @ mix, w0, None, rule, SolverOptions(k=k, ridge=1e-4))
-    reference = rule.select(unseen @ w0.T)
-    before, after = ShiftTally(2), ShiftTally(2)
-    before.add(reference, rule.select(unseen @ mix @ w0.T))
-    after.add(reference, rule.select(unseen @ mix @ fit.weight.T))
+    target = unseen @ w0.T
+    before, after = ShiftTally(rule), ShiftTally(rule)
+    for tally, weight in ((before, w0), (after, fit.weight)):
+        logits = unseen @ mix @ weight.T
+        tally.add(rule.select(target), rule.select(logits), target, logits)
     assert before.rates()["cr_any"] > 0.3
     assert after.rates()["overlap"] > 0.95

@@ -31,6 +31,11 @@ def builder(keep=ALL, verifier=None):
     return Builder(TASK, verifier or Program(TASK), keep, seed=0)
 
 
+def single(made, problem, given):
+    """The one trajectory of a problem, None where it has none."""
+    return next(iter(made.trajectories(problem, given, 1)), None)
+
+
 @pytest.mark.parametrize(
     ("wrong", "of", "trials"),
     [(0, 5, 1), (1, 5, 2), (2, 5, 3), (3, 5, 3), (4, 5, 4), (5, 5, 4), (1, 10, 2), (7, 10, 4)],
@@ -40,7 +45,7 @@ def test_levels_of_difficulty(wrong, of, trials):
 
 
 def test_a_hard_problem_gets_three_different_wrong_trials_and_ends_right():
-    row = builder().trajectory(PROBLEM, samples("2*3*4", "2+3+4", "2*3+4", "2+3*4", "(2+3)*4"))
+    row = single(builder(), PROBLEM, samples("2*3*4", "2+3+4", "2*3+4", "2+3*4", "(2+3)*4"))
     assert row.trials == 4
     response = cut([row.response], ended=True)
     attempts = [boxed(a.text) for a in response.actions[::2]]
@@ -54,7 +59,7 @@ def test_a_hard_problem_gets_three_different_wrong_trials_and_ends_right():
 def test_more_trajectories_of_a_problem_differ_and_begin_with_the_single_one():
     given = samples("2*3*4", "2+3+4", "2*3+4", "2+3*4", "(2+3)*4")
     rows = builder().trajectories(PROBLEM, given, 4)
-    assert rows[0] == builder().trajectory(PROBLEM, given)
+    assert rows[0] == single(builder(), PROBLEM, given)
     assert 1 < len({row.response for row in rows}) == len(rows) <= 4
     for row in rows:
         attempts = [boxed(a.text) for a in cut([row.response], ended=True).actions[::2]]
@@ -68,12 +73,12 @@ def test_more_trajectories_of_a_problem_differ_and_begin_with_the_single_one():
 
 def test_equal_wrong_answers_count_once_and_missing_ones_not_at_all():
     made = builder()
-    row = made.trajectory(PROBLEM, [*samples("2*3*4", "2*3*4", "2*3*4", "(2+3)*4"), Sample("no idea", False)])
+    row = single(made, PROBLEM, [*samples("2*3*4", "2*3*4", "2*3*4", "(2+3)*4"), Sample("no idea", False)])
     assert row.trials == 2
 
 
 def test_difficulty_is_that_of_all_samples_equal_ones_included():
-    row = builder().trajectory(PROBLEM, samples("2*3*4", "2+3+4", *["(2+3)*4"] * 8))
+    row = single(builder(), PROBLEM, samples("2*3*4", "2+3+4", *["(2+3)*4"] * 8))
     assert row.trials == 2
 
 
@@ -81,15 +86,15 @@ def test_a_problem_without_a_different_wrong_answer_is_kept_like_the_easiest():
     unreadable = [*samples("(2+3)*4"), *[Sample("no idea", False)] * 4]
     for share, kept in ((0, False), (1, True)):
         keep = KeepProbabilities(all_right=share, fewer_trials=1 - share)
-        assert (builder(keep).trajectory(PROBLEM, unreadable) is not None) == kept
+        assert (single(builder(keep), PROBLEM, unreadable) is not None) == kept
         # one wrong answer of the three that are wanted is a shorter trajectory
         keep = KeepProbabilities(all_right=1 - share, fewer_trials=share)
-        assert (builder(keep).trajectory(PROBLEM, [*unreadable, *samples("2+3+4")]) is not None) == kept
+        assert (single(builder(keep), PROBLEM, [*unreadable, *samples("2+3+4")]) is not None) == kept
 
 
 def test_a_problem_without_a_right_sample_is_left_out():
     made = builder()
-    assert made.trajectory(PROBLEM, samples("2*3*4", "2+3+4")) is None
+    assert single(made, PROBLEM, samples("2*3*4", "2+3+4")) is None
     assert made.counts["no right sample"] == 1
 
 
@@ -99,7 +104,7 @@ def test_false_verdicts_are_dropped():
             return f"Surely. {INCORRECT}"
 
     made = builder(verifier=Liar())
-    assert made.trajectory(PROBLEM, samples("(2+3)*4", "2+3+4")) is None
+    assert single(made, PROBLEM, samples("(2+3)*4", "2+3+4")) is None
     assert made.counts["verifications dropped"] == 1
     assert [row.ends for row in made.pairs(PROBLEM, samples("(2+3)*4", "2+3+4"))] == [False]
     # other kinds of rows of the same samples do not count it again, other samples do
@@ -110,9 +115,9 @@ def test_false_verdicts_are_dropped():
 
 def test_probabilities_of_zero_and_one_decide():
     none = KeepProbabilities(all_right=0, few_wrong=0, some_wrong=0, most_wrong=0, fewer_trials=0)
-    assert builder(none).trajectory(PROBLEM, samples("(2+3)*4", "2+3+4")) is None
+    assert single(builder(none), PROBLEM, samples("(2+3)*4", "2+3+4")) is None
     easy = KeepProbabilities(all_right=0)
-    assert builder(easy).trajectory(PROBLEM, samples("(2+3)*4", "(3+2)*4")) is None
+    assert single(builder(easy), PROBLEM, samples("(2+3)*4", "(3+2)*4")) is None
 
 
 def test_keeping_is_a_share_of_the_problems():
@@ -120,7 +125,7 @@ def test_keeping_is_a_share_of_the_problems():
     kept = 0
     for index in range(400):
         problem = Problem(f"k{index}", "q", data=PROBLEM.data)
-        kept += half.trajectory(problem, samples("(2+3)*4", "(3+2)*4")) is not None
+        kept += single(half, problem, samples("(2+3)*4", "(3+2)*4")) is not None
     assert kept / 400 == pytest.approx(0.3, abs=0.07)
 
 
@@ -172,7 +177,7 @@ def test_a_search_is_given_up_after_so_many_rejected_trials():
 
 
 def test_some_rows_are_chosen_by_seed():
-    rows = [builder().trajectory(PROBLEM, samples("(2+3)*4"))] * 3
+    rows = [single(builder(), PROBLEM, samples("(2+3)*4"))] * 3
     assert len(some(rows, 2, 0)) == 2 and len(some(rows, 9, 0)) == 3
     marked = list(range(50))
     assert some(marked, 10, 0) == some(marked, 10, 0) != some(marked, 10, 1)
