@@ -6,8 +6,8 @@ The error model: energy ``d_v`` appears at node v on top of what the parent left
 
 Two solvers. :func:`lagrangian` is exact for any price of a bit: the best cost below a node, as a function of the
 error that arrives there, is the lower envelope of lines, computed once from the leaves up; the price is then found by
-bisection over all trees together. :func:`greedy` raises the node with the best gain per bit, several bits at once if
-that pays, then swaps. :func:`allocate` runs both and keeps the better, after the rest of the budget is spent.
+bisection over all trees together. The greedy one raises the node with the best gain per bit, several bits at once if
+that pays. :func:`allocate` runs both on a few matrices, swaps pairs of widths and keeps the better.
 
 No torch here; the numbers come in as plain floats.
 """
@@ -293,12 +293,6 @@ class _Climb:
                     changed[child] = chosen
                 found.append(tuple(changed))
         return found
-
-
-def greedy(problems: Sequence[Problem], choice: Choice, budget: float) -> list[Bits]:
-    """Marginal gains from the floor, then swaps of pairs of nodes until nothing improves."""
-    found = _Climb(problems, choice, budget, [choice.floor(p) for p in problems]).run()
-    return _swapped(problems, choice, budget, found)
 
 
 def _swapped(problems: Sequence[Problem], choice: Choice, budget: float, start: Sequence[Bits]) -> list[Bits]:

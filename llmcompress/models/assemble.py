@@ -12,7 +12,7 @@ from torch import Tensor
 from llmcompress.errors import InputError
 from llmcompress.models.alignment import align
 from llmcompress.models.capture import write_expert_weight
-from llmcompress.models.handle import ModelHandle, assign, fill_constants, generation_settings, meta_model
+from llmcompress.models.handle import ModelHandle, assign_all, fill_constants, generation_settings, meta_model
 from llmcompress.models.layout import Block, ModelLayout
 from llmcompress.models.orientation import canonical
 from llmcompress.models.shared import share_modules
@@ -59,15 +59,11 @@ def compressed_model(
     swap_modules(model, handle.layout, store.plan(), model.dtype)
     prepare_policies(model, handle.layout, policies)
     fill_constants(model)
-    plan = model._get_dtype_plan(model.dtype)
-    for name, tensor in outside_tensors(handle, policies):
-        assign(model, name, tensor, plan)
+    assign_all(model, outside_tensors(handle, policies))
     model.tie_weights()
-    for block in handle.layout.blocks:
-        for name, tensor in block_tensors(handle, store, block):
-            # calibrated scales of states have a place only where states are quantized
-            if "state_cache" in policies or not name.endswith(f".{SCALE}"):
-                assign(model, name, tensor, plan)
+    inside = (pair for block in handle.layout.blocks for pair in block_tensors(handle, store, block))
+    # calibrated scales of states have a place only where states are quantized
+    assign_all(model, (pair for pair in inside if "state_cache" in policies or not pair[0].endswith(f".{SCALE}")))
     align(model)
     model.generation_config = generation_settings(handle.path)
     # as from_pretrained does: some families multiply by a weight in another order then, with other last bits

@@ -12,7 +12,7 @@ from llmcompress.errors import InputError
 from llmcompress.models.alignment import align
 from llmcompress.models.family_artifact import FamilyArtifact
 from llmcompress.models.handle import (
-    assign,
+    assign_all,
     fill_constants,
     generation_settings,
     load_tokenizer,
@@ -72,9 +72,7 @@ def load_member(artifact: FamilyArtifact, member: str, dtype: torch.dtype | None
 def dense_member(artifact: FamilyArtifact, member: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """One member as an ordinary dense model, its weights rebuilt; in evaluation mode on the CPU."""
     model = _shell(artifact, member, dtype or artifact.dtype)
-    plan = model._get_dtype_plan(model.dtype)
-    for linear in artifact.plan.linears:
-        assign(model, f"{linear}.weight", artifact.weight(linear, member), plan)
+    assign_all(model, ((f"{linear}.weight", artifact.weight(linear, member)) for linear in artifact.plan.linears))
     align(model)
     return model.eval()
 
@@ -86,9 +84,7 @@ def _shell(artifact: FamilyArtifact, member: str, dtype: torch.dtype) -> PreTrai
     # what ends a turn of a chat is often said there only
     model.generation_config = generation_settings(folder)
     fill_constants(model)
-    plan = model._get_dtype_plan(model.dtype)
-    for name, tensor in artifact.private(member):
-        assign(model, name, tensor, plan)
+    assign_all(model, artifact.private(member))
     model.tie_weights()
     return model
 

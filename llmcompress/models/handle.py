@@ -197,9 +197,7 @@ class ModelHandle:
 
     def load_tensors(self, model: PreTrainedModel, views: Iterable[TensorView]) -> None:
         """Read tensors from the checkpoint into ``model``, each in the type its place asks for."""
-        plan = model._get_dtype_plan(model.dtype)
-        for view in views:
-            assign(model, view.name, self.checkpoint.tensor(view.name), plan)
+        assign_all(model, ((view.name, self.checkpoint.tensor(view.name)) for view in views))
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -324,6 +322,13 @@ def assign(model: nn.Module, name: str, tensor: Tensor, dtype_plan: dict[str, to
         raise InputError(f"{name}: shape {list(tensor.shape)} where {list(place.shape)} is needed")
     dtype = next((kept for part, kept in (dtype_plan or {}).items() if f".{part}." in f".{name}."), place.dtype)
     _put(owner, key, tensor.to(dtype))
+
+
+def assign_all(model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Put real tensors in their places one by one, in the types that transformers keeps there; see :func:`assign`."""
+    plan = model._get_dtype_plan(model.dtype)
+    for name, tensor in tensors:
+        assign(model, name, tensor, plan)
 
 
 def _put(module: nn.Module, key: str, value: Tensor) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llmcompress.algorithms.grids import distortion
-from llmcompress.algorithms.tree_allocation import Choice, Problem, allocate, best_for_price, greedy
+from llmcompress.algorithms.tree_allocation import Choice, Problem, allocate, best_for_price
 from llmcompress.algorithms.tree_topology import (
     aggregate,
     centred_gram,
@@ -217,7 +217,8 @@ def test_allocation_is_optimal(count: int) -> None:
             assert p.error(found, phi) + price * p.spent(found) == pytest.approx(best, rel=1e-9)
         for average in (2.0, 2.5, 3.2):
             best = min(error for spent, error in every if spent <= average * count * (1 + 1e-12))
-            for solved in (allocate([p], narrow, average * count)[0], greedy([p], narrow, average * count)[0]):
+            for solver in ("lagrange", "greedy"):
+                (solved,) = allocate([p], narrow, average * count, solver)
                 assert p.spent(solved) <= average * count * (1 + 1e-9)
                 assert best / p.error(solved, phi) >= 0.999
 
