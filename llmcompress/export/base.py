@@ -188,7 +188,7 @@ def block_tensors(handle: ModelHandle, store: PackedStore, block: Block) -> dict
     carries.
     """
     from llmcompress.models.orientation import canonical
-    from llmcompress.nn.mixers import SCALE
+    from llmcompress.quant.states import SCALE
 
     patch = store.read_block(block.index)
     found: dict[str, Tensor | PackedWeight] = {}

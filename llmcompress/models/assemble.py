@@ -16,9 +16,9 @@ from llmcompress.models.handle import ModelHandle, assign_all, fill_constants, g
 from llmcompress.models.layout import Block, ModelLayout
 from llmcompress.models.orientation import canonical
 from llmcompress.models.shared import share_modules
-from llmcompress.nn.mixers import SCALE
 from llmcompress.nn.swap import swap_modules
 from llmcompress.quant.codecs import codec
+from llmcompress.quant.states import SCALE
 from llmcompress.quant.store import BlockPatch, PackedStore
 
 if TYPE_CHECKING:

@@ -73,7 +73,7 @@ class Tap(Protocol):
 
 
 class DenseVisitor:
-    """The parts of a visitor that only models with experts need; a family has none."""
+    """A visitor that looks at linears; it passes over what only models with experts have."""
 
     affinity = False
 
@@ -82,13 +82,13 @@ class DenseVisitor:
         return True
 
     def router(self, bank: Any, router: Any, x: Any) -> None:
-        """Not called."""
+        """Nothing to do."""
 
     def routed(self, bank: Any, counts: Any) -> None:
-        """Not called."""
+        """Nothing to do."""
 
     def experts(self, bank: Any, name: str, experts: slice, gram: Any, shared: Any) -> None:
-        """Not called."""
+        """Nothing to do."""
 
 
 class Onlooker(DenseVisitor):

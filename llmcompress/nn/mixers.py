@@ -29,14 +29,13 @@ from llmcompress.nn import delta_rule
 from llmcompress.nn.decode_step import DecodeStep
 from llmcompress.nn.scan_override import forward_with
 from llmcompress.nn.states import PackedState, StateQuantizer, adopt
-from llmcompress.quant.states import BITS, CODECS, DITHERED, Rounding, StateSpec
+from llmcompress.quant.states import BITS, CODECS, DITHERED, SCALE, Rounding, StateSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llmcompress.models.layout import ModelLayout, ScanView
 
-SCALE = "state_scale"
 RUNTIME = "_llmcompress_states"
 FUNCTIONS = {
     "mamba2": ("mamba2_chunk_scan", "mamba2_selective_state_update"),

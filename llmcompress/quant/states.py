@@ -7,7 +7,7 @@ Legend: P channels of a head, N states.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self, get_args
 
 CompressedCodec = Literal[
@@ -33,6 +33,8 @@ DITHERED = ("dsq", "dsq_static_p")
 # codecs that llmcompress_kernels.state implements
 IN_KERNELS: tuple[str, ...] = ("dsq", "dsq_refit", "dsq_static_p")
 GROUP = 32
+# buffer of a mixer that holds its calibrated scale
+SCALE = "state_scale"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,10 @@ class StateSpec:
     def of(cls, policy: Mapping[str, Any]) -> Self:
         """The codec part of a saved policy, whose other words are left out."""
         return cls(**{part.name: policy[part.name] for part in fields(cls) if part.name in policy})
+
+    def without_noise(self) -> Self:
+        """To nearest instead of stochastically: what is fitted to one draw would be worse with the next."""
+        return replace(self, rounding="rtn") if self.rounding == "stochastic" else self
 
     @property
     def active(self) -> bool:

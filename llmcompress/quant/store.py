@@ -88,7 +88,7 @@ class PackedStore:
         Raises:
             InputError: The file is damaged.
         """
-        below = self.base.read_block(index) if self.base is not None else BlockPatch({}, {}, {})
+        below = self.below(index)
         if index not in self.finished():
             return below
         packed, replaced = self._read_own(index)
@@ -97,6 +97,10 @@ class PackedStore:
         # a weight that is quantized here was dense until now, whatever a stage below made of it (pruned it, say)
         dense = {name: t for name, t in below.replaced.items() if name.removesuffix(".weight") not in packed}
         return BlockPatch({**below.packed, **packed}, {**dense, **replaced}, {**below.record, **record})
+
+    def below(self, index: int) -> BlockPatch:
+        """What earlier stages made of block ``index``."""
+        return self.base.read_block(index) if self.base is not None else BlockPatch({}, {})
 
     def plan(self) -> QuantPlan:
         """Spec of every quantized weight, here and in the bases, from the files' headers alone.

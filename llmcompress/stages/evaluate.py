@@ -279,7 +279,7 @@ class _Evaluation:
         assert state.model is not None
         self.config, self.state, self.ctx, self.ledger = config, state, ctx, ledger
         self.handle = state.model
-        self.has_compressed = state.packed is not None or state.adapter is not None or bool(state.policies)
+        self.has_compressed = state.changed
         self._dense: PreTrainedModel | None = None
         self._compressed: PreTrainedModel | None = None
 

@@ -19,7 +19,6 @@ from llmcompress.stages.state import Metric
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from llmcompress.models.layout import ModelLayout
     from llmcompress.stages.state import RunContext, RunState
 
 Baseline = Literal["gptq-2", "gptq-3", "gptq-4", "bitdelta", "bitdelta-4", "low_rank", "rtvq"]
@@ -89,10 +88,6 @@ class EvaluateFamily(Stage):
         models = 2 if self.config.divergence else 1
         peak = int(models * ((linears + outside) * inputs.compute_bytes + logits))
         return Estimate(ram=0 if on_gpu else peak, vram=peak if on_gpu else 0)
-
-    def check(self, layout: ModelLayout) -> list[str]:
-        """Nothing can be told from the layout."""
-        return []
 
     def require_members(self, contexts: Mapping[str, object]) -> None:
         """Refuse texts of no member, and windows longer than a member's context; as the stage interface has it."""

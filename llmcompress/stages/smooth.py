@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from llmcompress.models.smoothable import smoothable
+from llmcompress.quant.store import BlockPatch, PackedStore
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from llmcompress.models.handle import ModelHandle
     from llmcompress.models.layout import Block, ModelLayout
     from llmcompress.models.smoothable import Smoothable
-    from llmcompress.quant.store import PackedStore
     from llmcompress.stages.state import RunContext, RunState
 
 
@@ -88,8 +88,6 @@ class Smooth(Stage):
 
     def _store(self, ctx: RunContext) -> PackedStore:
         """Where factors are kept, block by block."""
-        from llmcompress.quant.store import PackedStore
-
         return PackedStore(ctx.stage_dir / "factors")
 
     def _measure(self, state: RunState, store: PackedStore, ctx: RunContext) -> None:
@@ -122,7 +120,7 @@ class Smooth(Stage):
                 ctx.emit("block_start", index=block.index, total=total)
                 factors, record = self._block(walker, block, hidden, places.get(block.index, []), block.index < last)
                 seconds = round(time.monotonic() - started, 3)
-                self._write(store, block.index, factors, {"spread": record, "seconds": seconds})
+                store.write_block(block.index, BlockPatch({}, factors, {"spread": record, "seconds": seconds}))
                 ctx.emit("block_end", index=block.index, total=total, seconds=seconds)
             else:
                 walker.forward(block, hidden)
@@ -146,8 +144,3 @@ class Smooth(Stage):
             factors[found.key] = factor.cpu()
             record[found.key] = [round(spread(largest), 3), round(spread(largest / factor), 3)]
         return factors, record
-
-    def _write(self, store: PackedStore, index: int, factors: dict[str, Tensor], record: dict[str, Any]) -> None:
-        from llmcompress.quant.store import BlockPatch
-
-        store.write_block(index, BlockPatch({}, factors, record))

@@ -80,6 +80,11 @@ class RunState:
     artifacts: dict[str, Path] = field(default_factory=dict)
     family: FamilyState | None = None
 
+    @property
+    def changed(self) -> bool:
+        """Whether the model at hand is another than the source's: packed weights, an adapter or a policy."""
+        return self.packed is not None or self.adapter is not None or bool(self.policies)
+
     def calibrated(self, stage: str) -> CalibrationSet:
         """The calibration set; a recipe's chain is checked before, a stage that is called by itself is not.
 

@@ -11,7 +11,7 @@ from llmcompress.algorithms.decoupled_scales import fake_quantize, quantize
 from llmcompress.algorithms.selective_scan import ScanInputs, scan
 from llmcompress.models.registry import layout_from_config
 from llmcompress.nn.mixers import attach, detach, recurrent_evaluation
-from llmcompress.quant.states import StateSpec
+from llmcompress.quant.states import SCALE, StateSpec
 
 TOKENS = torch.randint(3, 64, (3, 20), generator=torch.Generator().manual_seed(0))
 
@@ -177,7 +177,7 @@ def test_kernels_and_plain_loop_agree(policy: dict[str, Any], tiny: Any) -> None
     options = {"bits": 4, "codec": "dsq", **policy, "head_bits": widths}
     for name, view in mixers.scans(layout):
         scale = torch.full((view.heads, view.channels), 0.3, dtype=torch.float16)
-        model.get_submodule(name).register_buffer(mixers.SCALE, scale if "codec" in policy else None)
+        model.get_submodule(name).register_buffer(SCALE, scale if "codec" in policy else None)
     runtime = attach(model, layout, options)
 
     def both() -> tuple[torch.Tensor, torch.Tensor]:

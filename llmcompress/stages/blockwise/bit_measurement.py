@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from llmcompress.models.visitor import DenseVisitor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,15 +19,13 @@ if TYPE_CHECKING:
     from llmcompress.stages.state import RunContext, RunState
 
 
-class ErrorMeter:
+class ErrorMeter(DenseVisitor):
     """Visitor that measures and changes nothing: relative output error of rounding to nearest.
 
     Args:
         model: Skeleton whose block is materialised.
         wanted: Plan name → candidate specs, narrowest first.
     """
-
-    affinity = False
 
     def __init__(self, model: PreTrainedModel, wanted: Mapping[str, Sequence[QuantSpec]]) -> None:
         self.model, self.wanted = model, wanted
@@ -45,12 +45,6 @@ class ErrorMeter:
         for name in names:
             weight = self.model.get_parameter(f"{name}.weight").detach()[None].to(torch.float32)
             self._measure(name, weight, hessian, torch.ones(1))
-
-    def router(self, bank: Any, router: Any, x: Any) -> None:
-        """Nothing to do."""
-
-    def routed(self, bank: Any, counts: Any) -> None:
-        """Nothing to do."""
 
     def experts(
         self, bank: ExpertBank, name: str, experts: slice, gram: Gram | None, shared: Callable[[int], Tensor]

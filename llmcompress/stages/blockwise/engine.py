@@ -19,6 +19,7 @@ from llmcompress.durable import write_durably
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.models import sizes
 from llmcompress.models.memory_limits import DEFAULT, Limits, rounds
+from llmcompress.models.visitor import Onlooker
 from llmcompress.quant.spec import QuantPlan
 from llmcompress.quant.store import BlockPatch, PackedStore
 from llmcompress.stages.base import PlanInputs
@@ -143,9 +144,8 @@ class BlockwiseQuantizer:
             if full is not None and walker is not None:
                 observer = None if done else _Observer(block, self.hook, self.world)
                 walker.forward(block, full, observer, not last, recorder)
-            apply_patch(
-                model, self.handle.layout, self.store.read_block(block.index) if done else self._below(block.index)
-            )
+            patch = self.store.read_block(block.index) if done else self.store.below(block.index)
+            apply_patch(model, self.handle.layout, patch)
             apply_loan(model, self.handle.layout, block, self.store)
             if done:
                 assert walker is not None
@@ -260,10 +260,6 @@ class BlockwiseQuantizer:
         kept = torch.bfloat16 if round_them else None
         return StreamRecorder(self.plan, walker.cache, kept, self.method.residuals)
 
-    def _below(self, index: int) -> BlockPatch:
-        """What earlier stages made of a block."""
-        return self.store.base.read_block(index) if self.store.base is not None else BlockPatch({}, {})
-
     def _refuse_overlap(self) -> None:
         below = {} if self.store.base is None else self.store.base.plan()
         both = sorted(set(below) & set(self.plan))
@@ -296,20 +292,11 @@ class BlockwiseQuantizer:
         write_durably(path, json.dumps(now, sort_keys=True).encode())
 
 
-class _Observer:
+class _Observer(Onlooker):
     """Visitor of the full-precision stream: shows router inputs to the hook, changes nothing."""
-
-    affinity = False
 
     def __init__(self, block: Block, hook: RouterHook | None, world: World) -> None:
         self.block, self.hook, self.world = block, hook, world
-
-    def wants(self, names: Any) -> bool:
-        """No statistics."""
-        return False
-
-    def linears(self, group: Any, gram: Any) -> None:
-        """Nothing to do."""
 
     def router(self, bank: Any, router: Router, x: Tensor) -> None:
         """Pass the router's input on."""
@@ -317,12 +304,6 @@ class _Observer:
             everything = self.world.gather_rows(x)
             if everything is not None:
                 self.hook.observe(self.block, router, everything)
-
-    def routed(self, bank: Any, counts: Any) -> None:
-        """Nothing to do."""
-
-    def experts(self, bank: Any, name: str, experts: slice, gram: Any, shared: Any) -> None:
-        """Nothing to do."""
 
 
 def check_rules(stage: str, rules: dict[str, RuleConfig], layout: ModelLayout) -> list[str]:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError
 from llmcompress.models import sizes
+from llmcompress.quant.states import SCALE, StateSpec
 from llmcompress.quant.store import BlockPatch, PackedStore
 from llmcompress.stages.base import Estimate, PlanInputs
 
@@ -31,11 +32,9 @@ if TYPE_CHECKING:
     from llmcompress.models.handle import ModelHandle
     from llmcompress.models.layout import Block, ScanView, Sublayer
     from llmcompress.models.walker import Walker
-    from llmcompress.nn.scan_override import Scan
     from llmcompress.stages.esr import EsrConfig
     from llmcompress.stages.state import RunContext
 
-SCALE = "state_scale"
 SELECTIVE = ("A_log", "D", "conv1d.weight", "conv1d.bias", "norm.weight")
 PROJECTIONS = ("in_proj.weight", "out_proj.weight")
 
@@ -106,7 +105,7 @@ class Reconstructor:
             started = time.monotonic()
             self.handle.load_block(model, block.index, self.ctx.device)
             target = self._full_precision(model, walker, block, full, quantized, not done)
-            below = self.store.base.read_block(block.index) if self.store.base is not None else BlockPatch({}, {})
+            below = self.store.below(block.index)
             apply_patch(model, self.handle.layout, below)
             apply_loan(model, self.handle.layout, block, self.store)
             if done:
@@ -194,17 +193,11 @@ class Reconstructor:
         import torch
 
         from llmcompress.algorithms.state_reconstruction import Rounder
-        from llmcompress.quant.states import StateSpec
 
         assert scan is not None
         if policy is None:
             return Rounder(StateSpec(bits=16, codec="none"))
-        words = ("bits", "codec", "alpha", "sqrt_axis", "refits")
-        found = {word: policy[word] for word in words if word in policy}
-        # noise is left out: what is tuned to one draw of it would be worse with the next
-        if policy.get("rounding") == "dither":
-            found["rounding"] = "dither"
-        spec = StateSpec(**found)
+        spec = StateSpec.of(policy).without_noise()
         widths = (policy.get("head_bits") or {}).get(scan.module)
         bits = None if widths is None else torch.tensor(widths)
         return Rounder(spec, replaced.get(f"{scan.module}.{SCALE}"), bits, int(policy.get("window", 1)))
@@ -314,9 +307,7 @@ def scan_of(mixer: nn.Module, rounder: Rounder, config: EsrConfig, seen: list[Te
             seen.append(y)
         return y
 
-    function: Scan = run
-    with ExitStack() as stack:
-        stack.enter_context(scanned_by(mixer, function))
+    with scanned_by(mixer, run):
         yield
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmcompress.algorithms.bit_allocation import allocate
 from llmcompress.durable import write_durably
+from llmcompress.quant.states import BITS, SCALE, StateSpec
 from llmcompress.quant.store import BlockPatch, PackedStore
 
 if TYPE_CHECKING:
@@ -17,11 +18,8 @@ if TYPE_CHECKING:
 
     from llmcompress.algorithms.state_statistics import HeadStatistics, Inputs
     from llmcompress.models.layout import Block
-    from llmcompress.quant.states import StateSpec
     from llmcompress.stages.dsq import DsqConfig
     from llmcompress.stages.state import RunContext, RunState
-
-CHOICES = (4, 6, 8)
 
 
 def measure_states(config: DsqConfig, state: RunState, ctx: RunContext) -> None:
@@ -57,9 +55,7 @@ def measure_states(config: DsqConfig, state: RunState, ctx: RunContext) -> None:
             break
         started = time.monotonic()
         handle.load_block(model, block.index, ctx.device)
-        apply_patch(
-            model, handle.layout, BlockPatch({}, {}) if state.packed is None else state.packed.read_block(block.index)
-        )
+        apply_patch(model, handle.layout, store.below(block.index))
         apply_loan(model, handle.layout, block, state.packed)
         if block.index in todo:
             ctx.emit("block_start", index=block.index, total=len(blocks))
@@ -90,7 +86,7 @@ def _forward(config: DsqConfig, walker: Any, block: Block, hidden: Tensor, measu
     walker.forward(block, hidden)
     del mixer.forward
     outputs = [statistics.add_float(inputs) for inputs in batches]
-    for bits in CHOICES:
+    for bits in BITS:
         spec = replace(spec_of(config), bits=bits)
         for inputs, exact in zip(batches, outputs):
             statistics.add_error(str(bits), inputs, exact, spec, statistics.static(spec), config.replay_window)
@@ -99,21 +95,19 @@ def _forward(config: DsqConfig, walker: Any, block: Block, hidden: Tensor, measu
 
 def spec_of(config: DsqConfig) -> StateSpec:
     """The codec of a stage; to nearest for measurements instead of with noise."""
-    from llmcompress.quant.states import StateSpec
-
-    rounding = "rtn" if config.rounding == "stochastic" else config.rounding
-    return StateSpec(config.bits, config.codec, config.alpha, config.sqrt_axis, rounding, config.seed, config.refits)
+    return StateSpec(
+        config.bits, config.codec, config.alpha, config.sqrt_axis, config.rounding, config.seed, config.refits
+    ).without_noise()
 
 
 def _patch(
     config: DsqConfig, block: Block, statistics: HeadStatistics | None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from llmcompress.algorithms.state_statistics import shares
-    from llmcompress.nn.mixers import SCALE
 
     if statistics is None or block.scan is None:
         return {}, {}
-    labels = [str(bits) for bits in CHOICES]
+    labels = [str(bits) for bits in BITS]
     record = {
         "module": block.scan.module,
         "half_lives": [life if math.isfinite(life) else None for life in statistics.half_lives()],
@@ -136,7 +130,7 @@ def chosen_widths(config: DsqConfig, state: RunState, ctx: RunContext) -> dict[s
     assert state.packed is not None
     records = [patch.record["states"] for _, patch in state.packed.blocks() if "states" in patch.record]
     errors = [row for record in records for row in record["shares"]]
-    chosen = allocate(errors, [1] * len(errors), list(CHOICES), config.avg_bits)
+    chosen = allocate(errors, [1] * len(errors), list(BITS), config.avg_bits)
     found, start = {}, 0
     for record in records:
         stop = start + len(record["shares"])

@@ -151,7 +151,7 @@ def open_model(state: RunState, ctx: RunContext) -> Any:
 
     assert state.model is not None
     dtype = getattr(torch, ctx.dtype)
-    if state.packed is None and state.adapter is None and not state.policies:
+    if not state.changed:
         model: Any = state.model.dense_model(dtype)
     else:
         from llmcompress.quant.store import PackedStore
@@ -206,7 +206,7 @@ def open_sampler(
 
     assert state.model is not None
     where = f"stages.{ctx.stage}.sampler.engine: vllm"
-    if state.packed is not None or state.adapter is not None or state.policies:
+    if state.changed:
         raise RecipeError(
             f"{where} reads no packed weights", f"set stages.{ctx.stage}.sampler.engine=own, or train before quantizing"
         )

@@ -88,7 +88,7 @@ class S2REvaluate(Stage):
 
         assert state.model is not None
         reader = shared.reader_of(self.config, state, self.config.task.build())
-        compressed = state.packed is not None or state.adapter is not None or bool(state.policies)
+        compressed = state.changed
         if self.config.dense or not compressed:
             model: Any = None
             if not ctx.world.tell((ctx.stage_dir / "behaviour_dense.json").exists()):
