@@ -27,6 +27,8 @@ SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}
 _HALF, _LONGEST_CHARACTER = "\ufffd", 8
 # of the control at equal tokens
 MOST_SAMPLES = 64
+# responses of each kind whose texts are kept
+SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -348,7 +350,7 @@ def paired_test(
     return sum(count for total, count in ways.items() if abs(total) >= found) / sum(ways.values())
 
 
-def write_episodes(path: Path, problems: Sequence[Problem], measured: Measured, shown: int = 12) -> None:
+def write_episodes(path: Path, problems: Sequence[Problem], measured: Measured) -> None:
     """Keep every verdict and some texts (right at once, corrected, broken, failed) for the report and for paired
     tests.
     """
@@ -358,7 +360,7 @@ def write_episodes(path: Path, problems: Sequence[Problem], measured: Measured, 
     for problem, episode, text in zip(problems, measured.episodes, measured.texts):
         first = bool(episode.right) and episode.right[0]
         kind = ("right" if first else "corrected") if episode.final else ("broken" if first else "failed")
-        if len(kinds[kind]) < shown // len(kinds):
+        if len(kinds[kind]) < SHOWN:
             kinds[kind].append({"kind": kind, "question": problem.question, "response": text})
     data = {
         "final": [episode.final for episode in measured.episodes],

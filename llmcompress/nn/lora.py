@@ -113,26 +113,21 @@ def adapters(model: nn.Module) -> dict[str, LoraLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
+def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Values of all adapters, by the names that :func:`attach` gives them."""
+    found = adapters(model).items()
+    return {f"{name}.{key}": getattr(module, key) for name, module in found for key in ("lora_A", "lora_B")}
+
+
 @contextmanager
-def switched(model: nn.Module, values: Mapping[str, Tensor] | None) -> Iterator[None]:
-    """Run with other adapter values inside the ``with`` block: None switches adapters off.
+def switched(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Run with other adapter values inside the ``with`` block.
 
     Args:
         model: With adapters.
         values: Parameter name → value, as :func:`attach` names them.
     """
-    found = adapters(model)
-    kept = {name: module.scale for name, module in found.items()}
-    if values is None:
-        try:
-            for module in found.values():
-                module.scale = 0.0
-            yield
-        finally:
-            for name, module in found.items():
-                module.scale = kept[name]
-        return
-    places = {f"{name}.{key}": getattr(module, key) for name, module in found.items() for key in ("lora_A", "lora_B")}
+    places = parameters(model)
     own = {name: place.data for name, place in places.items()}
     try:
         for name, place in places.items():

@@ -178,9 +178,7 @@ def open_policy(config: TrainingConfig, state: RunState, ctx: RunContext) -> Pol
         return Policy(whole, compute=getattr(torch, ctx.dtype), world=ctx.world, recompute=config.recompute)
     model = open_model(state, ctx)
     if state.adapter is not None:
-        wrapped = lora.adapters(model)
-        moving = {f"{n}.{k}": getattr(m, k) for n, m in wrapped.items() for k in ("lora_A", "lora_B")}
-        return Policy(model, moving, world=ctx.world, recompute=config.recompute)
+        return Policy(model, lora.parameters(model), world=ctx.world, recompute=config.recompute)
     if config.adapter is not None:
         names = adapter_names(state.model.layout, config.adapter.targets)
         moving = lora.attach(model, names, config.adapter.rank, config.adapter.alpha, ctx.seed)
