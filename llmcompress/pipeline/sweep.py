@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.durable import write_durably
-from llmcompress.errors import InputError, Interrupted, UsageError, command_line
+from llmcompress.errors import InputError, Interrupted, UsageError
 from llmcompress.pipeline.device import usable_cores
 from llmcompress.pipeline.run_dir import RunDir, RunLock
 
@@ -185,8 +185,8 @@ class Sweep:
         folder: Path,
         jobs: int,
         tell: Callable[[str], None],
-        holds: Callable[[SweepRun], bool] = lambda _: True,
-        again: str = "",
+        holds: Callable[[SweepRun], bool],
+        again: str,
     ) -> None:
         self.recipe, self.fixed, self.runs, self.folder = recipe, list(fixed), list(runs), folder
         self.jobs, self.tell, self.holds, self.again = max(1, jobs), tell, holds, again
@@ -214,8 +214,7 @@ class Sweep:
                 for run, outcome in zip(pending, pool.map(self._one, pending)):
                     codes[run.name] = outcome
             if self._stopped:
-                again = self.again or command_line("sweep", self.recipe, "…", "--dir", self.folder)
-                raise Interrupted("the sweep was stopped; finished runs and blocks are kept", again)
+                raise Interrupted("the sweep was stopped; finished runs and blocks are kept", self.again)
             return [result_of(run, *codes.get(run.name, (0, ""))) for run in self.runs]
 
     def pending(self) -> list[SweepRun]:

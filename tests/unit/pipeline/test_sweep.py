@@ -17,6 +17,14 @@ from llmcompress.pipeline import sweep
 from llmcompress.pipeline.run_dir import RunDir, RunRecord
 from llmcompress.pipeline.sweep import Sweep, SweepRun, combinations, pareto, parse_axes, result_of
 
+AGAIN = "llmcompress sweep recipe n=1,2"
+
+
+def asked(
+    fixed: list[str], runs: list[SweepRun], folder: Path, jobs: int, tell: Any, holds: Any = lambda _: True
+) -> Sweep:
+    return Sweep("recipe", fixed, runs, folder, jobs, tell, holds, AGAIN)
+
 
 def test_axes_and_settings_are_told_apart() -> None:
     axes, fixed = parse_axes(
@@ -44,7 +52,7 @@ def test_every_combination_has_a_name_of_its_own(tmp_path: Path) -> None:
 
 def test_a_run_keeps_its_folder_when_values_that_read_alike_are_added(tmp_path: Path) -> None:
     def claimed(*values: str) -> dict[str, str]:
-        sweep = Sweep("recipe", [], combinations({"a": list(values)}, tmp_path), tmp_path, 1, lambda _: None)
+        sweep = asked([], combinations({"a": list(values)}, tmp_path), tmp_path, 1, lambda _: None)
         sweep._claim()
         assert all(run.folder == tmp_path / run.name for run in sweep.runs)
         assert json.loads((tmp_path / "sweep.json").read_text())["runs"] == {r.name: r.values for r in sweep.runs}
@@ -101,7 +109,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_failed_run_is_noted_and_done_again(fake: Path) -> None:
     def execute() -> list[Any]:
-        return Sweep("recipe", [], combinations({"n": ["1", "2", "3"]}, fake), fake, 2, lambda _: None).execute()
+        return asked([], combinations({"n": ["1", "2", "3"]}, fake), fake, 2, lambda _: None).execute()
 
     first = execute()
     assert [result.status for result in first] == ["finished", "failed", "finished"]
@@ -114,9 +122,7 @@ def test_a_failed_run_is_noted_and_done_again(fake: Path) -> None:
 def test_a_finished_run_of_another_recipe_is_not_passed_on(fake: Path) -> None:
     def execute(changed: bool) -> list[Any]:
         runs = combinations({"n": ["1", "3"]}, fake)
-        return Sweep(
-            "recipe", [], runs, fake, 1, lambda _: None, lambda run: run.name != "n=1" or not changed
-        ).execute()
+        return asked([], runs, fake, 1, lambda _: None, lambda run: run.name != "n=1" or not changed).execute()
 
     execute(False)
     execute(False)
@@ -136,18 +142,18 @@ def test_a_finished_run_of_another_recipe_is_not_passed_on(fake: Path) -> None:
 
 
 def test_values_may_be_added_and_other_settings_are_refused(fake: Path) -> None:
-    Sweep("recipe", [], combinations({"n": ["1"]}, fake), fake, 1, lambda _: None).execute()
-    wider = Sweep("recipe", [], combinations({"n": ["3"]}, fake), fake, 1, lambda _: None).execute()
+    asked([], combinations({"n": ["1"]}, fake), fake, 1, lambda _: None).execute()
+    wider = asked([], combinations({"n": ["3"]}, fake), fake, 1, lambda _: None).execute()
     assert [result.run.name for result in wider] == ["n=1", "n=3"]
     with pytest.raises(UsageError, match="holds a sweep with other settings"):
-        Sweep("recipe", ["run.seed=1"], combinations({"n": ["1"]}, fake), fake, 1, lambda _: None).execute()
+        asked(["run.seed=1"], combinations({"n": ["1"]}, fake), fake, 1, lambda _: None).execute()
 
 
 def test_a_sweep_goes_on_with_more_runs_at_a_time(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(sweep.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     for jobs, numbers in ((1, ["1"]), (4, ["1", "3"])):
-        results = Sweep("recipe", [], combinations({"n": numbers}, fake), fake, jobs, lambda _: None).execute()
+        results = asked([], combinations({"n": numbers}, fake), fake, jobs, lambda _: None).execute()
         assert [result.status for result in results] == ["finished"] * len(numbers)
     # one at a time has all processors; of four at a time each has its share
     assert [(fake / f"n={n}" / "threads").read_text() for n in (1, 3)] == ["", "2"]
@@ -167,11 +173,12 @@ def test_a_stop_ends_the_children(fake: Path, number: signal.Signals) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     threading.Thread(target=stop, daemon=True).start()
     try:
-        with pytest.raises(Interrupted, match="sweep was stopped"):
+        with pytest.raises(Interrupted, match="sweep was stopped") as stopped:
             runs = combinations({"n": ["4", "5"]}, fake)
-            Sweep("recipe", ["pause=300"], runs, fake, 1, said.append).execute()
+            asked(["pause=300"], runs, fake, 1, said.append).execute()
     finally:
         signal.signal(signal.SIGHUP, before)
+    assert stopped.value.hint == AGAIN
     assert said == ["n=4: begins", f"n=4: ended with exit code {-signal.SIGTERM}"]
     assert not (fake / "n=5").exists()
 
@@ -181,7 +188,7 @@ def test_under_nohup_a_sweep_outlives_its_terminal(fake: Path) -> None:
     try:
         run = combinations({"n": ["4"]}, fake)
         seen: list[object] = []
-        Sweep("recipe", [], run, fake, 1, lambda _: seen.append(signal.getsignal(signal.SIGHUP))).execute()
+        asked([], run, fake, 1, lambda _: seen.append(signal.getsignal(signal.SIGHUP))).execute()
         assert set(seen) == {signal.SIG_IGN}
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -205,7 +212,7 @@ def test_a_stop_while_a_run_is_being_started_reaches_it(fake: Path, monkeypatch:
     monkeypatch.setattr(Sweep, "_stop", lambda self, *told: (stop(self, *told), seen.append(1)))
     monkeypatch.setattr(sweep.subprocess, "Popen", slow)
     with pytest.raises(Interrupted, match="sweep was stopped"):
-        Sweep("recipe", ["pause=300"], combinations({"n": ["4"]}, fake), fake, 1, said.append).execute()
+        asked(["pause=300"], combinations({"n": ["4"]}, fake), fake, 1, said.append).execute()
     assert said == ["n=4: begins", f"n=4: ended with exit code {-signal.SIGTERM}"]
 
 
