@@ -50,6 +50,13 @@ PrefixOption = Annotated[
         help="Reuse what finished answers leave in the cache for prompts that begin alike.",
     ),
 ]
+OriginOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-origin", metavar="URL",
+        help="Of web pages whose scripts may read answers, http://localhost:3000, say; may be repeated; '*' is all.",
+    ),
+]  # fmt: skip
 ReadOption = Annotated[
     float, _bound("read-seconds", "Seconds for a request's head to arrive, and then for its body; beyond: 408.")
 ]
@@ -68,6 +75,7 @@ def serve(
         str, typer.Option("--engine", metavar="NAME", help="auto, or transformers to keep the native engine out.")
     ] = "auto",
     parser: ParserOption = "auto",
+    origins: OriginOption = None,
     access_log: Annotated[
         bool, typer.Option("--access-log", help="A line on stderr for each request: time, path, status, seconds.")
     ] = False,
@@ -126,7 +134,7 @@ def serve(
         served = together([open_served(path, name, dtype, device, limits, native=engine == "auto") for path in paths])
         for batch in served.batches:
             out.note(_described(batch))
-        server = Server(served, limits, api_key, access_log, parser)
+        server = Server(served, limits, api_key, access_log, parser, origins or ())
         data = {
             "paths": paths, "url": f"{place}/v1", "models": list(served.models), "needs_key": api_key is not None,
             "batches": served.batches,

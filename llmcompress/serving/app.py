@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -132,17 +133,19 @@ class Service:
         return JSONResponse({"object": "list", "data": [self.describe(name) for name in self.models]})
 
     async def one_model(self, request: Request) -> Response:
-        """One of them."""
+        """One of them, or all: a client's path may end in a slash."""
+        if not request.path_params["name"]:
+            return await self.list_models(request)
         return JSONResponse(self.describe(self.model(request.path_params["name"]).name))
 
     async def completions(self, request: Request) -> Response:
         """Continue prompts."""
         ask = parse(CompletionAsk, await _json(request))
         model = self.model(ask.model)
-        prompts = [await self.tokens(model, prompt) for prompt in ask.prompts()]
+        special = ask.add_special_tokens is not False
+        prompts = [await self.tokens(model, prompt, special) for prompt in ask.prompts()]
         if not prompts:
             raise ApiError(400, "prompt: give at least one", param="prompt")
-        wanted = 16 if ask.max_tokens is None else ask.max_tokens
         echoes = None
         if ask.echo:
             longest = max(map(len, prompts))
@@ -155,7 +158,7 @@ class Service:
                 text if isinstance(text, str) else str(words.decode(tokens, clean_up_tokenization_spaces=False))
                 for text, tokens in given
             ]
-        asked = Asked(ask, model, prompts, wanted, ask.logprobs, CompletionShape(), echoes)
+        asked = Asked(ask, model, prompts, ask.max_tokens, ask.logprobs, CompletionShape(), echoes)
         return await self.answer(request, asked)
 
     async def chat(self, request: Request) -> Response:
@@ -165,9 +168,12 @@ class Service:
         messages = [message.plain() for message in ask.messages]
         template = chat_template(model, ask.tools)
         tools = toolbox(model, ask, template)
-        text, prompt = await run_in_threadpool(rendered, model, messages, variables(ask, template))
+        text, prompt = await run_in_threadpool(
+            rendered, model, messages, variables(ask, template), bool(ask.add_special_tokens)
+        )
         self.check_prompt(model, prompt, "messages")
-        thinking = thinking_of(template, text, self.parser, ask.include_reasoning)
+        begun_with = messages[-1]["content"] if ask.continue_final_message else None
+        thinking = thinking_of(template, text, self.parser, ask.include_reasoning, begun_with)
         room = min(self.scheduler.room(model.name), model.context or 1 << 40) - len(prompt)
         usual = model.sampling.max_new_tokens or self.limits.default_new_tokens
         wanted = ask.wanted or max(1, min(usual, self.limits.new_tokens, room))
@@ -183,10 +189,7 @@ class Service:
         words: Any = model.tokenizer
         if ask.messages is not None:
             messages = [message.plain() for message in ask.messages]
-            given = ask.chat_template_kwargs or {}
-            how: dict[str, Any] = {"add_generation_prompt": ask.add_generation_prompt, **given}
-            if ask.tools:
-                how["tools"] = [tool.plain() for tool in ask.tools]
+            how = variables(ask, chat_template(model, ask.tools))
             _, found = await run_in_threadpool(rendered, model, messages, how, bool(ask.add_special_tokens))
         else:
             special = ask.add_special_tokens is not False
@@ -205,15 +208,15 @@ class Service:
         text = await run_in_threadpool(words.decode, ask.tokens, clean_up_tokenization_spaces=False)
         return JSONResponse({"prompt": str(text)})
 
-    async def tokens(self, model: ServedModel, prompt: str | list[int]) -> list[int]:
-        """Token ids of a prompt.
+    async def tokens(self, model: ServedModel, prompt: str | list[int], special: bool) -> list[int]:
+        """Token ids of a prompt, with those that the tokenizer adds of its own if ``special``.
 
         Raises:
             ApiError: It has none, too many, or unknown ones.
         """
         if isinstance(prompt, str):
             words: Any = model.tokenizer
-            prompt = list((await run_in_threadpool(words, prompt))["input_ids"])
+            prompt = list((await run_in_threadpool(words, prompt, add_special_tokens=special))["input_ids"])
         elif any(not 0 <= token < model.vocabulary for token in prompt):
             raise ApiError(400, f"prompt: token ids are 0 to {model.vocabulary - 1}", param="prompt")
         self.check_prompt(model, prompt, "prompt")
@@ -393,12 +396,13 @@ class _Events(StreamingResponse):
             self._over()
 
 
-def application(service: Service, api_key: str | None) -> ASGIApp:
+def application(service: Service, api_key: str | None, origins: Sequence[str] = ()) -> ASGIApp:
     """The routes behind key, body and time limits.
 
     Args:
         service: What they do.
         api_key: Asked of every request but those after its health; None for no key.
+        origins: Of pages whose scripts may read answers; browsers ask for them before, without the key.
     """
     routes = [
         *(Route(path, service.health, methods=["GET"]) for path in HEALTH),
@@ -413,7 +417,11 @@ def application(service: Service, api_key: str | None) -> ASGIApp:
     handlers: dict[Any, Any] = {
         ApiError: _api_error, HTTPException: _http_error, ClientDisconnect: _gone, Exception: _broken,
     }  # fmt: skip
-    return Guard(Starlette(routes=routes, exception_handlers=handlers), service.limits, service.metrics, api_key)
+    inside = Starlette(routes=routes, exception_handlers=handlers)
+    guarded = Guard(inside, service.limits, service.metrics, api_key)
+    if not origins:
+        return guarded
+    return CORSMiddleware(guarded, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
 
 
 def _sink(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.inference.grammar import GrammarError
-from llmcompress.serving.protocol import ApiError, ChatAsk
+from llmcompress.serving.protocol import ApiError, ChatAsk, Conversed
 from llmcompress.serving.tools import NamedChoice, Tool, Toolbox, style_of
 
 if TYPE_CHECKING:
@@ -29,14 +29,16 @@ def chat_template(model: ServedModel, tools: Sequence[Tool] | None) -> str:
         raise ApiError(400, text, "no_chat_template", "model") from error
 
 
-def variables(ask: ChatAsk, template: str) -> dict[str, Any]:
+def variables(ask: Conversed, template: str) -> dict[str, Any]:
     """What the template is told beside the messages.
 
     Raises:
         ApiError: 400, it cannot be told how much to think.
     """
-    found: dict[str, Any] = {}
-    if ask.reasoning_effort is not None:
+    found: dict[str, Any] = {"add_generation_prompt": ask.add_generation_prompt}
+    if ask.continue_final_message:
+        found["continue_final_message"] = True
+    if isinstance(ask, ChatAsk) and ask.reasoning_effort is not None:
         if "reasoning_effort" in template:
             found["reasoning_effort"] = ask.reasoning_effort
         elif "enable_thinking" in template:
@@ -44,7 +46,7 @@ def variables(ask: ChatAsk, template: str) -> dict[str, Any]:
         else:
             text = "reasoning_effort: the chat template of this model knows of none"
             raise ApiError(400, text, param="reasoning_effort")
-    if ask.tools and ask.tool_choice != "none":
+    if ask.tools and not (isinstance(ask, ChatAsk) and ask.tool_choice == "none"):
         found["tools"] = [tool.plain() for tool in ask.tools]
     return {**found, **(ask.chat_template_kwargs or {})}
 
@@ -82,14 +84,14 @@ def tool_form(tools: Toolbox, model: ServedModel, answer: Form | None) -> Form |
 
 
 def rendered(
-    model: ServedModel, messages: list[dict[str, Any]], variables: dict[str, Any], special: bool = False
+    model: ServedModel, messages: list[dict[str, Any]], variables: dict[str, Any], special: bool
 ) -> tuple[str, list[int]]:
     """A conversation as text and as token ids.
 
     Args:
         model: Whose template and tokenizer.
         messages: As :meth:`~llmcompress.serving.protocol.Message.plain` makes them.
-        variables: Further ones of the template.
+        variables: From :func:`variables`.
         special: Whether the tokenizer adds its special tokens, which a template mostly writes itself.
 
     Raises:
@@ -101,8 +103,7 @@ def rendered(
     from jinja2.exceptions import TemplateError
 
     def write(messages: list[dict[str, Any]]) -> str:
-        how = {"add_generation_prompt": True, **variables}
-        return str(words.apply_chat_template(messages, tokenize=False, **how))
+        return str(words.apply_chat_template(messages, tokenize=False, **variables))
 
     try:
         try:

@@ -27,7 +27,8 @@ from llmcompress.serving.tools import MAX_TOOLS, NamedChoice, Tool, ToolCall, To
 if TYPE_CHECKING:
     from llmcompress.inference.generate import Recommended
 
-MAX_STOP = 4
+# vLLM has no bound, OpenAI 4: measurements ask for more than that
+MAX_STOP = 64
 # OpenAI's bound of `top_logprobs`; the older endpoint has 5
 MAX_TOP = 20
 # of a repetition penalty; beyond it logits lose their meaning
@@ -70,10 +71,20 @@ def _listed(value: Any) -> Any:
 Stop = Annotated[list[Annotated[str, StringConstraints(min_length=1, max_length=256)]] | None, BeforeValidator(_listed)]
 
 
-class StreamOptions(BaseModel):
-    """How to stream."""
+class Given(BaseModel):
+    """An object of a body, in which null is as good as nothing: clients write out what they do not set."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, found: Any) -> Any:
+        return {name: value for name, value in found.items() if value is not None} if isinstance(found, dict) else found
+
+
+class StreamOptions(Given):
+    """How to stream."""
+
     include_usage: bool = False
     # beyond OpenAI, as vLLM has it: what was counted so far, in every chunk
     continuous_usage_stats: bool = False
@@ -93,7 +104,7 @@ def _free(given: dict[str, Any]) -> dict[str, Any]:
 TemplateVariables = Annotated[dict[str, bool | int | str], AfterValidator(_free)]
 
 
-class Ask(BaseModel):
+class Ask(Given):
     """What both endpoints take."""
 
     model_config = ConfigDict(extra="forbid", strict=False, allow_inf_nan=False)
@@ -134,9 +145,18 @@ class Ask(BaseModel):
     guided_choice: Choices | None = None
     guided_grammar: str | None = None
     guided_whitespace_pattern: str | None = None
+    # beyond OpenAI, as vLLM has it: whether the tokenizer adds its own; a chat's template mostly writes them
+    add_special_tokens: bool | None = None
     # accepted where they change nothing
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
+    prompt_cache_retention: str | None = None
+    use_beam_search: Literal[False] | None = None
+    length_penalty: Literal[1] | None = None
+    spaces_between_special_tokens: Literal[True] | None = None
+    priority: Literal[0] | None = None
+    request_id: str | None = None
+    cache_prompt: bool | None = None
 
     @model_validator(mode="after")
     def _stops(self) -> Ask:
@@ -178,11 +198,20 @@ class CompletionAsk(Ask):
     """``POST /v1/completions``."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: int | None = Field(default=16, ge=1)
+    # none of them where only the prompt's probabilities are asked for
+    max_tokens: int = Field(default=16, ge=0)
     logprobs: int | None = Field(default=None, ge=0, le=5)
     echo: bool | None = None
-    best_of: Literal[1] | None = None
+    best_of: int | None = None
     suffix: Literal[""] | None = None
+
+    @model_validator(mode="after")
+    def _some(self) -> CompletionAsk:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: 0, which only goes with echo")
+        if self.best_of not in (None, self.n):
+            raise ValueError("best_of: not supported, unless it is n")
+        return self
 
     def prompts(self) -> list[str | list[int]]:
         """One by one, as text or tokens."""
@@ -195,12 +224,13 @@ class CompletionAsk(Ask):
         return list(several)
 
 
-class TextPart(BaseModel):
+class TextPart(Given):
     """A part of a message."""
 
-    model_config = ConfigDict(extra="forbid")
     type: Literal["text"]
     text: str
+    # what clients of other servers say about caches: prompts are cached here anyway
+    cache_control: dict[str, Any] | None = None
 
 
 def _joined(value: Any) -> Any:
@@ -219,10 +249,9 @@ Content = Annotated[str | None, BeforeValidator(_joined)]
 Nothing = Annotated[list[Any] | None, Field(max_length=0)]
 
 
-class Message(BaseModel):
+class Message(Given):
     """A turn of a conversation."""
 
-    model_config = ConfigDict(extra="forbid")
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content = None
     name: str | None = None
@@ -233,6 +262,7 @@ class Message(BaseModel):
     audio: None = None
     function_call: None = None
     annotations: Nothing = None
+    cache_control: dict[str, Any] | None = None
     # beyond OpenAI: thoughts of an earlier answer, as servers that tell them apart name them
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -271,7 +301,26 @@ class Message(BaseModel):
         return found
 
 
-class ChatAsk(Ask):
+class Conversed(Given):
+    """A conversation, and how it becomes a prompt; beyond OpenAI, as vLLM has it."""
+
+    messages: list[Message] | None = Field(default=None, min_length=1)
+    tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    # the answer goes on where the last message ends
+    continue_final_message: bool = False
+    # variables of the chat template, as llama.cpp has them too
+    chat_template_kwargs: TemplateVariables | None = None
+
+    @model_validator(mode="after")
+    def _ends(self) -> Conversed:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message: only with add_generation_prompt false")
+        return self
+
+
+class ChatAsk(Ask, Conversed):
     """``POST /v1/chat/completions``."""
 
     messages: list[Message] = Field(min_length=1)
@@ -279,23 +328,22 @@ class ChatAsk(Ask):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP)
-    # beyond OpenAI, as vLLM and llama.cpp have it: variables of the chat template
-    chat_template_kwargs: TemplateVariables | None = None
     # for templates that ask for it, or at least for whether to think
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     # beyond OpenAI, as vLLM has it
     include_reasoning: bool = True
-    tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     # accepted where they change nothing
     functions: Nothing = None
     function_call: Literal["none", "auto"] | None = None
     modalities: list[Literal["text"]] | None = None
+    verbosity: Literal["medium"] | None = None
+    echo: Literal[False] | None = None
 
     @model_validator(mode="after")
     def _goes_together(self) -> ChatAsk:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: only with logprobs")
         names = [tool.function.name for tool in self.tools or ()]
         if len(set(names)) < len(names):
@@ -312,19 +360,13 @@ class ChatAsk(Ask):
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
 
-class TokenizeAsk(BaseModel):
+class TokenizeAsk(Conversed):
     """``POST /tokenize``, as vLLM has it: a text or a conversation."""
 
-    model_config = ConfigDict(extra="forbid")
     # may be left out where one model is served
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(default=None, min_length=1)
-    tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
-    add_special_tokens: bool | None = None
-    add_generation_prompt: bool = True
-    chat_template_kwargs: TemplateVariables | None = None
-    return_token_strs: bool | None = False
+    return_token_strs: bool = False
 
     @model_validator(mode="after")
     def _one(self) -> TokenizeAsk:
@@ -333,10 +375,9 @@ class TokenizeAsk(BaseModel):
         return self
 
 
-class DetokenizeAsk(BaseModel):
+class DetokenizeAsk(Given):
     """``POST /detokenize``, as vLLM has it."""
 
-    model_config = ConfigDict(extra="forbid")
     model: str | None = None
     tokens: list[TokenId]
 
@@ -358,6 +399,12 @@ def parse(kind: type[T], data: Any) -> T:
         if first["type"] == "extra_forbidden" and len(where) == 1:
             raise ApiError(400, f"unrecognized request argument supplied: {field}", param=field) from error
         text = first["msg"].removeprefix("Value error, ")
+        named = text.partition(":")[0]
+        if not where and named in kind.model_fields:
+            # what several fields say together begins with the one that is wrong
+            field = named
+        elif field == "prompt" and len(where) > 1:
+            where, text = where[:1], "a text, token ids, a list of texts, or a list of lists of token ids"
         if first["type"] == "literal_error":
             text = f"{first['input']!r:.80} is not supported, only {first['ctx']['expected']}"
         elif first["type"] == "too_long" and first["ctx"]["max_length"] == 0:

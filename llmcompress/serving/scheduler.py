@@ -320,6 +320,11 @@ class Scheduler:
             try:
                 if job.echo is not None and not job.echoed:
                     self._echo(group, job, job.echo)
+                    if job.how.max_new_tokens == 0:
+                        # nothing but the prompt's probabilities was wanted
+                        group.reading = None
+                        self._metrics.first_token(job.model, len(job.prompt), 0, time.monotonic() - job.submitted)
+                        return
                 logits = group.rows.join(key, job.prompt, group.member_of[job.model], job.total, left)
             except Exception:
                 _LOG.exception("a prompt of %d tokens for %s failed", len(job.prompt), job.model)
@@ -343,7 +348,7 @@ class Scheduler:
             choices = [TokenChoice(job.prompt[0], None, ())]
             choices += [_choice(token, row, job.logprobs) for token, row in zip(job.prompt[1:], logits)]
         job.echoed = True
-        self._send(job, Piece(text, 0, tuple(choices)))
+        self._send(job, Piece(text, 0, tuple(choices), "length" if job.how.max_new_tokens == 0 else None))
 
     def _step(self, group: Group) -> None:
         if not group.running:

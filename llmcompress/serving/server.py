@@ -8,7 +8,7 @@ import json
 import logging
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -84,17 +84,20 @@ class Server:
         api_key: Asked of every request, None for no key.
         access_log: Whether each request gets a line on stderr.
         parser: How thoughts are told from answers; see :func:`~llmcompress.serving.thoughts.thinking_of`.
+        origins: Of pages whose scripts may read answers.
     """
 
     def __init__(
-        self, served: Served, limits: Limits, api_key: str | None, access_log: bool = False, parser: str = "auto"
-    ) -> None:
+        self, served: Served, limits: Limits, api_key: str | None, access_log: bool = False, parser: str = "auto",
+        origins: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self._access_log = access_log
         self.metrics = Metrics()
         self.scheduler = Scheduler(served.groups, limits, self.metrics)
         service = Service(served.models, self.scheduler, limits, self.metrics, parser)
         config = uvicorn.Config(
-            application(service, api_key), http=patient(limits.read_seconds), log_config=None, access_log=False,
+            application(service, api_key, origins), http=patient(limits.read_seconds),
+            log_config=None, access_log=False,
             lifespan="off", server_header=False, limit_concurrency=limits.connections, backlog=BACKLOG,
             timeout_keep_alive=30, timeout_graceful_shutdown=max(1, round(limits.drain_seconds)),
             h11_max_incomplete_event_size=1 << 16,

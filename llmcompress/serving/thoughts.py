@@ -74,7 +74,9 @@ class Thinking:
         return behind("\n".join([f"start: {first} BLANKS? @answer", *lines, r"BLANKS: /[ \t\r\n]{1,8}/"]), grammar)
 
 
-def thinking_of(template: str, prompt: str, parser: str = "auto", told: bool = True) -> Thinking | None:
+def thinking_of(
+    template: str, prompt: str, parser: str = "auto", told: bool = True, begun_with: str | None = None
+) -> Thinking | None:
     """How an answer to a prompt thinks; None where thoughts are not told apart.
 
     Args:
@@ -82,6 +84,7 @@ def thinking_of(template: str, prompt: str, parser: str = "auto", told: bool = T
         prompt: What it made.
         parser: ``auto`` for what the template says, ``none``, or one of :data:`PARSERS`.
         told: As in :class:`Thinking`.
+        begun_with: The last message where the answer goes on where that ends, None for an answer of its own.
     """
     if parser == "none":
         return None
@@ -90,6 +93,9 @@ def thinking_of(template: str, prompt: str, parser: str = "auto", told: bool = T
     if marks is None:
         return None
     tail = prompt.rstrip()
+    if begun_with is not None:
+        begun = marks.begin in begun_with.rpartition(marks.end)[2]
+        return Thinking(marks, "begun" if begun else "over", told)
     if tail.endswith(marks.end):
         return Thinking(marks, "over", told)
     return Thinking(marks, "begun" if begun or tail.endswith(marks.begin) else "may begin", told)

@@ -220,6 +220,14 @@ def test_what_lm_eval_asks_of_prompts(server: Any, folder: Path, ends: bool) -> 
     assert first["token_logprobs"][0] is first["top_logprobs"][0] is None
     assert len(first["tokens"]) == 6
     assert first["text_offset"][0] == 0
+    if not ends:
+        # without an answer the prompts' probabilities are the same
+        status, alone = server.raw("/v1/completions", json.dumps({**body, "max_tokens": 0}).encode())
+        assert status == 200, alone
+        for less, more in zip(json.loads(alone)["choices"], json.loads(answer)["choices"]):
+            assert less["finish_reason"] == "length" and more["text"].startswith(less["text"])
+            assert less["logprobs"]["token_logprobs"] == more["logprobs"]["token_logprobs"][:-1]
+        assert json.loads(alone)["usage"]["completion_tokens"] == 0 and server.idle()
 
 
 def test_prompts_may_be_tokens_and_several(server: Any, reference: Any) -> None:
@@ -227,6 +235,18 @@ def test_prompts_may_be_tokens_and_several(server: Any, reference: Any) -> None:
     answer = server.client().completions.create(model="tiny", prompt=ids, max_tokens=3, temperature=0)
     assert [choice.index for choice in answer.choices] == [0, 1]
     assert answer.usage.prompt_tokens == 5
+
+
+def test_a_conversation_goes_on_where_its_last_message_ends(server: Any, reference: Any) -> None:
+    messages: list[Any] = [{"role": "user", "content": "The cat"}, {"role": "assistant", "content": "It is"}]
+    on = {"add_generation_prompt": False, "continue_final_message": True}
+    answer = server.client().chat.completions.create(
+        model="tiny", messages=messages, max_tokens=6, temperature=0, extra_body=on
+    )
+    prompt = "user: The cat\nassistant: It is"
+    assert answer.choices[0].message.content == reference(prompt, 6)
+    status, counted = server.raw("/tokenize", json.dumps({"messages": messages, **on}).encode())
+    assert status == 200 and json.loads(counted)["count"] == answer.usage.prompt_tokens
 
 
 def test_what_clients_write_in_other_words_is_the_same(server: Any) -> None:
@@ -337,7 +357,7 @@ BAD = [
     ("/v1/completions", {**GOOD, "max_tokens": 65}, 400, "at most 64"),
     ("/v1/completions", {**GOOD, "prompt": [60] * 64, "max_tokens": 64, "n": 9}, 400, "at most 8"),
     ("/v1/completions", {**GOOD, "temperature": -1}, 400, "temperature"),
-    ("/v1/completions", {**GOOD, "stop": list("abcde")}, 400, "at most 4"),
+    ("/v1/completions", {**GOOD, "stop": ["a"] * 65}, 400, "stop: at most 64"),
     ("/v1/completions", {**GOOD, "frobnicate": 1}, 400, "unrecognized request argument supplied: frobnicate"),
     ("/v1/completions", {**GOOD, "presence_penalty": 2.5}, 400, "presence_penalty"),
     ("/v1/completions", {**GOOD, "logit_bias": {"5000": -100}}, 400, "logit_bias: token ids are 0 to"),
@@ -348,10 +368,13 @@ BAD = [
     ("/tokenize", {**CHAT, "chat_template_kwargs": {"tools": 1}}, 400, "tools cannot be set"),
     ("/detokenize", {"tokens": [99999]}, 400, "token ids are 0 to"),
     ("/v1/completions", {**GOOD, "min_p": 1.5}, 400, "min_p"),
-    ("/v1/completions", {**GOOD, "best_of": 2}, 400, "best_of: 2 is not supported, only 1"),
+    ("/v1/completions", {**GOOD, "best_of": 2}, 400, "best_of: not supported, unless it is n"),
+    ("/v1/completions", {**GOOD, "prompt": [[1], "a"]}, 400, "prompt: a text, token ids, a list of texts"),
+    ("/v1/completions", {**GOOD, "max_tokens": 0}, 400, "max_tokens: 0, which only goes with echo"),
+    ("/v1/chat/completions", {**CHAT, "continue_final_message": True}, 400, "only with add_generation_prompt false"),
     ("/v1/completions", {**GOOD, "stream_options": {"include_usage": True}}, 400, "only with stream"),
     ("/v1/completions", {**GOOD, "user": "u" * 5000}, 413, "4096 bytes"),
-    ("/v1/chat/completions", {**CHAT, "echo": True}, 400, "unrecognized request argument supplied: echo"),
+    ("/v1/chat/completions", {**CHAT, "echo": True}, 400, "echo: True is not supported"),
     ("/v1/chat/completions", {**CHAT, "tools": [{"type": "function"}]}, 400, "tools.0.function: Field required"),
     (
         "/v1/chat/completions",

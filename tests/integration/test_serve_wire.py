@@ -74,7 +74,7 @@ def test_whatever_a_field_holds_the_answer_has_a_status_and_the_server_lives(ser
     }[kind]
     draws, statuses = random.Random(0), set()
     for field in kind.model_fields:
-        for value in draws.sample(VALUES, 4):
+        for value in (VALUES[0], *draws.sample(VALUES, 4)):
             fields = {name: json.dumps(given) for name, given in good.items()} | {field: value}
             body = "{" + ", ".join(f'"{name}": {given}' for name, given in fields.items()) + "}"
             status, answer = server.raw(path, body.encode())

@@ -149,3 +149,32 @@ def test_a_grammar_that_takes_too_long_is_told_from_one_that_others_hold_up(
     sent: list[Any] = []
     ask(tiny_tokenizer, Waiting(), {"prompt": "x", "guided_regex": "a"}, sent)
     assert sent[0]["status"] == status and words in sent[1]["body"].decode() and left == [future]
+
+
+def test_scripts_of_named_pages_may_read_answers_and_are_told_so_without_a_key(tiny_tokenizer: Any) -> None:
+    from starlette.testclient import TestClient
+
+    waiting: Any = Waiting()
+    model = ServedModel("m", tiny_tokenizer, frozenset({2}), None, 300, Recommended())
+    service = Service({"m": model}, waiting, Limits(), Metrics())
+    page = {"Origin": "http://localhost:3000"}
+    before = {**page, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    client = TestClient(application(service, "a-key-for-tests", ["http://localhost:3000"]))
+    asked = client.options("/v1/chat/completions", headers=before)
+    assert asked.status_code == 200 and "authorization" in asked.headers["access-control-allow-headers"]
+    # an error too
+    for answer in (asked, client.get("/v1/models", headers=page)):
+        assert answer.headers["access-control-allow-origin"] == "http://localhost:3000"
+    other = client.options("/v1/models", headers={**before, "Origin": "http://elsewhere"})
+    assert "access-control-allow-origin" not in other.headers
+    silent = TestClient(application(service, "a-key-for-tests"))
+    assert "access-control-allow-origin" not in silent.get("/health", headers=page).headers
+
+
+def test_the_list_of_models_may_end_in_a_slash(tiny_tokenizer: Any) -> None:
+    from starlette.testclient import TestClient
+
+    waiting: Any = Waiting()
+    model = ServedModel("m", tiny_tokenizer, frozenset({2}), None, 300, Recommended())
+    client = TestClient(application(Service({"m": model}, waiting, Limits(), Metrics()), None))
+    assert [one["id"] for one in client.get("/v1/models/").json()["data"]] == ["m"]

@@ -32,7 +32,8 @@ def test_prompts_are_texts_or_tokens_one_or_several() -> None:
         ("seed", (-(2**63), 2**63 - 1), (-(2**63) - 1, 2**63)),
         ("top_k", (-1,), (-2,)),
         ("max_tokens", (1,), (0,)),
-        ("stop", ("a", "a" * 256, list("abcd")), ("", "a" * 257, list("abcde"), ["a", ""])),
+        ("stop", ("a", "a" * 256, ["a"] * 64), ("", "a" * 257, ["a"] * 65, ["a", ""])),
+        ("best_of", (1,), (2,)),
         ("presence_penalty", (-2, 2, None), (-2.01, 2.01, float("nan"))),
         ("frequency_penalty", (-2, 2, None), (-2.01, 2.01)),
         ("repetition_penalty", (0.01, 1, 100), (0, -1, 101, float("inf"))),
@@ -51,6 +52,30 @@ def test_bounds_of_fields(field: str, inside: tuple[Any, ...], outside: tuple[An
         with pytest.raises(ApiError) as caught:
             parse(CompletionAsk, {**PLAIN, field: value})
         assert caught.value.status == 400 and field in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "asked"), [(CompletionAsk, PLAIN), (ChatAsk, CHAT)])
+def test_null_is_as_good_as_absent(kind: type[Any], asked: dict[str, Any]) -> None:
+    nulls = dict.fromkeys(set(kind.model_fields) - set(asked)) | {"audio": None, "web_search_options": None}
+    assert parse(kind, {**nulls, **asked}) == parse(kind, asked)
+    assert parse(TokenizeAsk, {"prompt": "x", "messages": None}).prompt == "x"
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [({"stop": ["a"] * 65}, "stop"), ({"stream_options": {}}, "stream_options"), ({"prompt": [[1], "a"]}, "prompt")],
+)
+def test_an_error_names_its_field(asked: dict[str, Any], param: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse(CompletionAsk, {**PLAIN, **asked})
+    assert caught.value.param == param and caught.value.message.startswith(f"{param}:")
+
+
+def test_hints_for_other_servers_caches_say_nothing() -> None:
+    hint = {"cache_control": {"type": "ephemeral"}}
+    part = {"type": "text", "text": "x", **hint}
+    (found,) = parse(ChatAsk, {"messages": [{"role": "user", "content": [part], **hint}]}).messages
+    assert found.plain() == {"role": "user", "content": "x"}
 
 
 def test_penalties_of_a_request() -> None:
@@ -195,6 +220,7 @@ def test_tools_and_calls_that_are_none(asked: dict[str, Any], words: str) -> Non
 def test_likely_tokens_are_told_only_with_probabilities() -> None:
     for value in (0, 20):
         assert parse(ChatAsk, {**CHAT, "logprobs": True, "top_logprobs": value}).top_logprobs == value
+    assert parse(ChatAsk, {**CHAT, "logprobs": False, "top_logprobs": 0}).top_logprobs == 0
     for wrong in ({"top_logprobs": 2}, {"logprobs": False, "top_logprobs": 2}, {"logprobs": True, "top_logprobs": 21}):
         with pytest.raises(ApiError, match="top_logprobs"):
             parse(ChatAsk, {**CHAT, **wrong})

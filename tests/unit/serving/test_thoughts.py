@@ -73,6 +73,15 @@ def test_how_a_model_thinks_is_read_off_its_template_and_the_prompt(
     assert thinking_of(template, prompt, parser) == wanted
 
 
+@pytest.mark.parametrize(
+    ("message", "state"), [("<think>Hm", "begun"), ("<think>Hm</think>It", "over"), ("It", "over")],
+)  # fmt: skip
+def test_a_message_that_goes_on_is_in_thoughts_or_beyond_them(message: str, state: State) -> None:
+    assert thinking_of("</think>", f"user: What is <think>?\nassistant: {message}", begun_with=message) == Thinking(
+        THINK, state
+    )
+
+
 def test_a_call_behind_thoughts_and_none_in_them() -> None:
     box = Toolbox("hermes", (Function(name="now"),), True)
     call = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
