@@ -31,6 +31,8 @@ REVISION = 2
 GRAM_BUDGET = 512 * 2**20
 # inputs of one expert that are gathered at once
 PIECE_BYTES = 4 * 2**20
+# rows of a matrix of tokens' products that are made at once
+PRODUCT_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -143,11 +145,13 @@ def solve_ridge(
     h = w0.shape[1]
     residual = target.float() - x_hat @ w0.T
     counts = mask.sum(0)
-    strength = torch.where(counts < h / 8, max(1.0, ridge), ridge).to(x_hat)
-    shared = off_topk_weight == 1 or bool(mask.all())
-    everything = (x_hat.T @ x_hat, residual.T @ x_hat) if shared or off_topk_weight > 0 else None
-    if shared and everything is not None and not bool((counts < h / 8).any()):
-        return w0 + _solve(everything[0][None], everything[1][None], strength[:1])[0]
+    lean = counts < h / 8
+    strength = torch.where(lean, max(1.0, ridge), ridge).to(x_hat)
+    if (off_topk_weight == 1 or bool(mask.all())) and not bool(lean.any()):
+        # every expert has the same tokens, and so the same system
+        gram, sums = x_hat.T @ x_hat, residual.T @ x_hat
+        return w0 + _solve(gram[None], sums[None], strength[:1])[0]
+    everything = (x_hat.T @ x_hat, residual.T @ x_hat) if off_topk_weight > 0 else None
     out = w0.clone()
     few = (counts < h) & (off_topk_weight == 0)
     if bool(few.any()):
@@ -156,16 +160,9 @@ def solve_ridge(
     chunk = max(1, GRAM_BUDGET // (4 * h * h))
     for start in range(0, len(many), chunk):
         experts = many[start : start + chunk]
-        grams = x_hat.new_zeros(len(experts), h, h)
-        right = x_hat.new_zeros(len(experts), h)
-        for slot, expert in enumerate(experts):
-            # piece by piece: a large copy costs a page fault per 4 KiB, a small one stays in the caches
-            for tokens in mask[:, expert].nonzero().squeeze(-1).split(max(512, PIECE_BYTES // (4 * h))):
-                x = x_hat.index_select(0, tokens)
-                grams[slot].addmm_(x.T, x)
-                right[slot] += residual[tokens, expert] @ x
+        grams, right = _own_sums(x_hat, residual, mask, experts)
         picked = torch.tensor(experts, device=w0.device)
-        if everything is not None and off_topk_weight > 0:
+        if everything is not None:
             grams.mul_(1 - off_topk_weight).add_(everything[0], alpha=off_topk_weight)
             right.mul_(1 - off_topk_weight).add_(everything[1][picked], alpha=off_topk_weight)
         live = grams.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
@@ -173,6 +170,19 @@ def solve_ridge(
             picked = picked[live]
             out[picked] += _solve(grams[live], right[live].unsqueeze(1), strength[picked]).squeeze(1)
     return out
+
+
+def _own_sums(x_hat: Tensor, residual: Tensor, mask: Tensor, experts: list[int]) -> tuple[Tensor, Tensor]:
+    """``Σ x̂ x̂ᵀ`` ``[E, H, H]`` and ``Σ x̂ (target − w0·x̂)`` ``[E, H]`` over the top-K tokens of each of some experts."""
+    h = x_hat.shape[1]
+    grams, right = x_hat.new_zeros(len(experts), h, h), x_hat.new_zeros(len(experts), h)
+    for slot, expert in enumerate(experts):
+        # piece by piece: a large copy costs a page fault per 4 KiB, a small one stays in the caches
+        for tokens in mask[:, expert].nonzero().squeeze(-1).split(max(512, PIECE_BYTES // (4 * h))):
+            x = x_hat.index_select(0, tokens)
+            grams[slot].addmm_(x.T, x)
+            right[slot] += residual[tokens, expert] @ x
+    return grams, right
 
 
 def _solve_by_tokens(
@@ -199,11 +209,11 @@ def _solve_by_tokens(
             out[expert] += found[0, 0] @ x
 
 
-def _lower_products(x: Tensor, step: int = 512) -> Tensor:
+def _lower_products(x: Tensor) -> Tensor:
     """``x xᵀ`` of ``x [T, H]``, its lower triangle mirrored."""
     products = x.new_empty(x.shape[0], x.shape[0])
-    for start in range(0, x.shape[0], step):
-        stop = min(start + step, x.shape[0])
+    for start in range(0, x.shape[0], PRODUCT_ROWS):
+        stop = min(start + PRODUCT_ROWS, x.shape[0])
         torch.mm(x[start:stop], x[:stop].T, out=products[start:stop, :stop])
         products[:start, start:stop] = products[start:stop, :start].T
     return products

@@ -73,7 +73,8 @@ def test_rows_with_fewer_tokens_than_features_equal_normal_equations(streams, sh
         monkeypatch.setattr("llmcompress.algorithms.router_calibration.GRAM_BUDGET", 4 * 29 * 30)
     made = []
     whole = router_calibration._lower_products
-    monkeypatch.setattr(router_calibration, "_lower_products", lambda x: made.append(1) or whole(x, 8))
+    monkeypatch.setattr(router_calibration, "_lower_products", lambda x: made.append(1) or whole(x))
+    monkeypatch.setattr(router_calibration, "PRODUCT_ROWS", 8)
     solved = solve_ridge(x_hat, target, mask, w0, ridge=1e-2)
     assert bool(made) == shared
     assert 2 <= int(mask[:, 5].sum()) < H / 8 + 2
