@@ -318,7 +318,8 @@ def _single(path: KeyPath, error: Mapping[str, Any], data: Mapping[Any, Any], sc
     if kind == "string_pattern_mismatch":
         return f"{error.get('input')!r} is not a name: use letters, digits, ., _ and -"
     if kind in _PLAIN and context.get("min_length", 1) == 1:
-        return _PLAIN[kind]
+        only = [node["const"] for node in schema_nodes(data, path, schema) if "const" in node]
+        return _PLAIN[kind] + (f" (write {path[-1]}: {only[0]})" if kind == "missing" and len(only) == 1 else "")
     if kind == "too_short":
         return f"needs {context['min_length']} entries or more, has {context['actual_length']}"
     return re.sub(r"^Input should be", "expected", str(error["msg"])) + f", not {_shown(error.get('input'))}"

@@ -12,6 +12,7 @@ done here, because it has to keep track of lines and of the order of stages and 
 from __future__ import annotations
 
 import copy
+import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -479,6 +480,8 @@ def _unresolved(text: str, config: Any) -> str:
 
         names = [".".join(path) for path, _ in _leaves(OmegaConf.to_container(config, resolve=False))]
         hint = did_you_mean(absent[1], names, 0.75)
+        if absent[1] in os.environ:  # written as a shell writes it
+            hint = f" (did you mean oc.env:{absent[1]}?)"
         return f"{text}{hint if 'did you mean' in hint else ' (only keys that the recipe writes have a value here)'}"
     if "Unsupported interpolation type env" in text:
         return f"{text} (did you mean oc.env?)"

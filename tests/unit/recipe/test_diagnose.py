@@ -93,6 +93,11 @@ def test_a_stage_without_type_is_told_the_types(write, problems):
     assert line.startswith("child.yaml:2: stages.x: required key type is missing (one of load, calibrate, ")
 
 
+def test_a_missing_key_with_one_value_is_told_it(write, problems):
+    write("own.yaml", "name: own\nmodel: {path: folder}\nstages: {load: {type: load}}\n")
+    assert problems("own.yaml") == ["own.yaml:1: version: required key is missing (write version: 1)"]
+
+
 def test_a_type_unlike_all_others_is_told_the_types(write, problems):
     write("child.yaml", "extends: good\nstages: {x: {type: awq}}\n")
     (line,) = problems("child.yaml")

@@ -121,6 +121,10 @@ def test_values_from_the_environment_are_known_as_such(write, monkeypatch):
             'run: {dir: "${env:HOME}"}',
             "child.yaml:2: run.dir: Unsupported interpolation type env (did you mean oc.env?)",
         ),
+        (
+            'run: {dir: "${PATH}/runs"}',
+            "child.yaml:2: run.dir: Interpolation key 'PATH' not found (did you mean oc.env:PATH?)",
+        ),
         ('run: {dir: "${"}', "child.yaml:2: run.dir: cannot parse '${'"),
         # the item beside it is as it should be
         ('vars: {a: ["${name}", "${absent}"]}', "child.yaml:2: vars.a.1: Interpolation key 'absent' not found"),
