@@ -34,6 +34,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from llmcompress_kernels import processors
+
 try:
     import fcntl
 except ImportError:  # not a POSIX system: no native kernels
@@ -286,7 +288,7 @@ def _compile(family: Family, path: Path) -> None:
         for number, source in enumerate(sources):
             target = private / f"{number}.o"
             jobs.append((target, family.toolchain.compile(source, target, family)))
-        with ThreadPoolExecutor(max(1, min(len(jobs), _cores()))) as pool:
+        with ThreadPoolExecutor(max(1, min(len(jobs), processors.count()))) as pool:
             for done in [pool.submit(_run, command, family) for _, command in jobs]:
                 done.result()
         library = private / "library.so"
@@ -431,12 +433,8 @@ def torch_includes() -> list[str]:
     return [str(root), str(root / "torch" / "csrc" / "api" / "include")]
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 # one to a core, of all the families that are being built
-_COMPILERS = threading.BoundedSemaphore(max(1, _cores()))
+_COMPILERS = threading.BoundedSemaphore(processors.count())
 
 
 def _say(text: str) -> None:

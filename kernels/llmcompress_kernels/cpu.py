@@ -18,7 +18,7 @@ import sys
 
 import torch
 
-from llmcompress_kernels import build, select
+from llmcompress_kernels import build, processors, select
 from llmcompress_kernels.reference.group_gemm import LANES
 
 FAMILY = "gemm"
@@ -46,9 +46,9 @@ def team(threads: int | None) -> int:
     Those that spin keep a processor from whom they wait for, and a scheduler takes milliseconds to believe a yield.
 
     Args:
-        threads: So many; None for torch's, but no more than the machine has processors.
+        threads: So many; None for torch's, but no more than this process has processors (:mod:`processors`).
     """
-    return threads or min(torch.get_num_threads(), os.cpu_count() or 1)
+    return threads or min(torch.get_num_threads(), processors.count())
 
 
 def architecture() -> str:
