@@ -29,7 +29,7 @@ build.register(
     build.Family(
         FAMILY,
         ("cpu/columns/*.cpp",),
-        headers=("cpu/columns/*.h", "cpu/include/llmcompress/isa.h"),
+        headers=("cpu/columns/*.h", *(f"cpu/include/llmcompress/{name}.h" for name in ("isa", "target"))),
         # sums may be fused with products: codes near a rounding boundary may differ from the definition's anyway
         flags=("-ffp-contract=fast", "-Wno-psabi"),
     )

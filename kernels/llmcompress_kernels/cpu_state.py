@@ -51,6 +51,7 @@ def instructions() -> str | None:
 
 
 _FLAGS = {
+    "avx512": (*(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq")), "-mfma", "-mf16c", "-mbmi2"),
     "avx2": ("-mavx2", "-mfma", "-mf16c", "-DLLMCOMPRESS_AVX2"),
     "portable": ("-DLLMCOMPRESS_AVX2", "-DLLMCOMPRESS_NARROW", "-Wno-psabi"),
 }

@@ -2,9 +2,9 @@
 
     python rewrite.py g++ FLAG... -c FILE.cpp -o FILE.o        # called by toolchain.py
 
-What is left of AVX-512 after the preprocessor, to whom ``avx512.h`` has named other functions, are targets, questions
-to the processor and assembler; assembler that is not known here is an error. Functions need not be inlined nor loops
-unrolled: that is most of what these files cost a compiler.
+What is left of AVX-512 after the preprocessor, to whom ``avx512.h`` has named other functions, are flags, targets,
+questions to the processor and assembler; assembler that is not known here is an error. Functions need not be inlined
+nor loops unrolled: that is most of what these files cost a compiler.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def main() -> int:
     """Compile as the command says; the exit code of what failed, or 0."""
     command = sys.argv[1:]
     source, target = command[command.index("-c") + 1], command[command.index("-o") + 1]
-    flags = [word for word in command if word not in ("-c", source, "-o", target)] + list(FLAGS)
+    kept = [word for word in command if not word.startswith("-mavx512")]
+    flags = [word for word in kept if word not in ("-c", source, "-o", target)] + list(FLAGS)
     done = subprocess.run([*flags, "-E", source], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         return done.returncode

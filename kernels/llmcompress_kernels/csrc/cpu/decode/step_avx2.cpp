@@ -1,13 +1,13 @@
 // The decode step and prompts for AVX2.
 #include "standard.h"
+#include "llmcompress/target.h"
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
+LLMCOMPRESS_TARGET("avx2,fma,f16c")
 #define LLMCOMPRESS_ISA decode_avx2
 #define LLMCOMPRESS_LEVEL 3
 #include "prompt.h"
 #include "step.h"
-#pragma GCC pop_options
+LLMCOMPRESS_TARGET_END
 
 namespace llmcompress::decode {
 const Workers workers = {

@@ -1,13 +1,13 @@
 // The decode step and prompts for AVX-512.
 #include "standard.h"
+#include "llmcompress/target.h"
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
+LLMCOMPRESS_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
 #define LLMCOMPRESS_ISA decode_avx512
 #define LLMCOMPRESS_LEVEL 4
 #include "prompt.h"
 #include "step.h"
-#pragma GCC pop_options
+LLMCOMPRESS_TARGET_END
 
 namespace llmcompress::decode {
 const Workers workers = {

@@ -4,14 +4,15 @@
 
 #include <cstdint>
 
+#include "llmcompress/target.h"
+
 #ifdef __x86_64__
 #include <immintrin.h>
 
 namespace {
 
 // Sixteen sums that do not wait for one another.
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512vnni")
+LLMCOMPRESS_TARGET("avx512f,avx512vnni")
 int64_t wide_products(int64_t turns) {
     __m512i sums[16];
 #pragma GCC unroll 16
@@ -25,10 +26,9 @@ int64_t wide_products(int64_t turns) {
     for (int i = 1; i < 16; ++i) sums[0] = _mm512_add_epi32(sums[0], sums[i]);
     return _mm512_reduce_add_epi32(sums[0]);
 }
-#pragma GCC pop_options
+LLMCOMPRESS_TARGET_END
 
-#pragma GCC push_options
-#pragma GCC target("avx2")
+LLMCOMPRESS_TARGET("avx2")
 // Multiplications alone, whose sums of pairs another instruction has to add up: more than any product reaches. 16 products of
 // numbers of 16 bits, which lanes_avx2.h makes of two planes, are an instruction of the same units.
 int64_t products(int64_t turns) {
@@ -42,7 +42,7 @@ int64_t products(int64_t turns) {
     for (int i = 0; i < 12; ++i) sum += _mm256_extract_epi16(pairs[i], 0);
     return sum;
 }
-#pragma GCC pop_options
+LLMCOMPRESS_TARGET_END
 
 bool has_vnni() { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni"); }
 bool has_avx2() { return __builtin_cpu_supports("avx2"); }

@@ -1,14 +1,14 @@
 // The kernels for AVX2. Headers come before the pragma, so that no function that other files
 // share is compiled with instructions that the processor may lack.
 #include "llmcompress/lowbit.h"
+#include "llmcompress/target.h"
 #include "llmcompress/types.h"
 
 #include <immintrin.h>
 
 #include <cmath>
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
+LLMCOMPRESS_TARGET("avx2,fma,f16c")
 namespace llmcompress {
 namespace avx2 {
 #include "llmcompress/lanes_avx2.h"
@@ -17,4 +17,4 @@ namespace avx2 {
 }  // namespace avx2
 const Variant llmcompress_products = avx2::products;
 }  // namespace llmcompress
-#pragma GCC pop_options
+LLMCOMPRESS_TARGET_END

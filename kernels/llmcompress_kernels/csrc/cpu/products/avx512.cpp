@@ -2,14 +2,14 @@
 // share is compiled with instructions that the processor may lack. Compiling them takes so long that 2 and 3 bits are in
 // avx512_low.cpp.
 #include "llmcompress/lowbit.h"
+#include "llmcompress/target.h"
 #include "llmcompress/types.h"
 
 #include <immintrin.h>
 
 #include <cmath>
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512vbmi2")
+LLMCOMPRESS_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512vbmi2")
 namespace llmcompress {
 namespace avx512 {
 #include "llmcompress/lanes_avx512.h"
@@ -19,4 +19,4 @@ namespace avx512 {
 }  // namespace avx512
 const Variant llmcompress_products = avx512::products;
 }  // namespace llmcompress
-#pragma GCC pop_options
+LLMCOMPRESS_TARGET_END

@@ -3,18 +3,18 @@
 // Processors with AVX-512 VNNI have the same instruction in another encoding. LLMCOMPRESS_EVEX takes that one, so that what is
 // built here can be checked on them: LLMCOMPRESS_CXXFLAGS=-DLLMCOMPRESS_EVEX LLMCOMPRESS_CPU_ISA=avxvnni.
 #include "llmcompress/lowbit.h"
+#include "llmcompress/target.h"
 #include "llmcompress/types.h"
 
 #include <immintrin.h>
 
 #include <cmath>
 
-#pragma GCC push_options
 #ifdef LLMCOMPRESS_EVEX
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512vl,avx512vnni")
+LLMCOMPRESS_TARGET("avx2,fma,f16c,avx512f,avx512vl,avx512vnni")
 #define DOT_BYTES _mm256_dpbusd_epi32
 #else
-#pragma GCC target("avx2,fma,f16c,avxvnni")
+LLMCOMPRESS_TARGET("avx2,fma,f16c,avxvnni")
 #define DOT_BYTES _mm256_dpbusd_avx_epi32
 #endif
 namespace llmcompress {
@@ -24,4 +24,4 @@ namespace avxvnni {
 }  // namespace avxvnni
 const Variant llmcompress_products = avxvnni::products;
 }  // namespace llmcompress
-#pragma GCC pop_options
+LLMCOMPRESS_TARGET_END

@@ -1,13 +1,13 @@
 // The kernels for Arm processors with dot products of bytes. Headers come before the pragma, see avx2.cpp.
 #include "llmcompress/lowbit.h"
+#include "llmcompress/target.h"
 #include "llmcompress/types.h"
 
 #include <arm_neon.h>
 
 #include <cmath>
 
-#pragma GCC push_options
-#pragma GCC target("arch=armv8.2-a+dotprod")
+LLMCOMPRESS_TARGET("arch=armv8.2-a+dotprod")
 namespace llmcompress {
 namespace neon {
 #include "llmcompress/lanes_neon.h"
@@ -15,4 +15,4 @@ namespace neon {
 }  // namespace neon
 const Variant llmcompress_products = neon::products;
 }  // namespace llmcompress
-#pragma GCC pop_options
+LLMCOMPRESS_TARGET_END

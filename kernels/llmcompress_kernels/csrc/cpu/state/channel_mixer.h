@@ -4,9 +4,6 @@
 #include "elementwise.h"
 #include "engine.h"
 
-#pragma GCC push_options
-STATE_TARGET
-
 namespace state {
 namespace {
 
@@ -33,5 +30,3 @@ ChannelHeads channel_heads(const Engine& e, const MixerLayer& l) {
 
 }  // namespace
 }  // namespace state
-
-#pragma GCC pop_options

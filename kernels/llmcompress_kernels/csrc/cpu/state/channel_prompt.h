@@ -7,9 +7,6 @@
 #include "channel_mixer.h"
 #include "segments.h"
 
-#pragma GCC push_options
-STATE_TARGET
-
 namespace state {
 namespace {
 
@@ -111,5 +108,3 @@ class ChannelPrompt : public SegmentWorker {
 
 }  // namespace
 }  // namespace state
-
-#pragma GCC pop_options

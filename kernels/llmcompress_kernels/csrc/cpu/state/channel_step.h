@@ -4,9 +4,6 @@
 #include "channel_mixer.h"
 #include "step.h"
 
-#pragma GCC push_options
-STATE_TARGET
-
 namespace state {
 
 class ChannelStep : public StepWorker {
@@ -68,5 +65,3 @@ class ChannelStep : public StepWorker {
 };
 
 }  // namespace state
-
-#pragma GCC pop_options

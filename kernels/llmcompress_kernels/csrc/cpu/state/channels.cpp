@@ -5,9 +5,6 @@
 #include <cmath>
 #include <cstring>
 
-#pragma GCC push_options
-STATE_TARGET
-
 namespace state {
 namespace {
 
@@ -338,5 +335,3 @@ __attribute__((visibility("default"))) int llmc_mamba1_scan(float* x, const floa
 }
 
 }  // extern "C"
-
-#pragma GCC pop_options

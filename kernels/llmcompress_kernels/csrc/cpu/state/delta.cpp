@@ -8,9 +8,6 @@
 #include "memory.h"
 #include "pick.h"
 
-#pragma GCC push_options
-STATE_TARGET
-
 namespace state {
 namespace {
 
@@ -161,5 +158,3 @@ __attribute__((visibility("default"))) int llmc_dsq_delta_update(
 }
 
 }  // extern "C"
-
-#pragma GCC pop_options

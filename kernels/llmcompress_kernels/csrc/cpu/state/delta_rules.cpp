@@ -3,9 +3,6 @@
 #include "delta.h"
 #include "memory.h"
 
-#pragma GCC push_options
-STATE_TARGET
-
 namespace state {
 namespace {
 
@@ -93,5 +90,3 @@ extern "C" __attribute__((visibility("default"))) const llmcompress::decode::Low
   static const llmcompress::decode::LowStates run = {state::step, state::round_group, state::advance};
   return &run;
 }
-
-#pragma GCC pop_options

@@ -4,9 +4,6 @@
 
 #include "tile.h"
 
-#pragma GCC push_options
-STATE_TARGET
-
 namespace state {
 
 // exp with a relative error below 2e-7: 2^n times a polynomial on [-ln2/2, ln2/2]
@@ -149,5 +146,3 @@ STATE_INLINE __m512 convolve16(float* held, const float* weight, __m512 input) {
 }
 
 }  // namespace state
-
-#pragma GCC pop_options

@@ -4,9 +4,6 @@
 
 #include "elementwise.h"
 
-#pragma GCC push_options
-STATE_TARGET
-
 namespace state {
 extern "C" {
 
@@ -83,5 +80,3 @@ __attribute__((visibility("default"))) int llmc_mamba2_decode(
 
 }  // extern "C"
 }  // namespace state
-
-#pragma GCC pop_options

@@ -8,9 +8,6 @@
 
 #include <cmath>
 
-#pragma GCC push_options
-STATE_TARGET
-
 namespace state {
 namespace {
 
@@ -196,5 +193,3 @@ EXPORT const llmcompress::decode::Mixers* llmc_mamba2_mixers() {
   };
   return &mixers;
 }
-
-#pragma GCC pop_options

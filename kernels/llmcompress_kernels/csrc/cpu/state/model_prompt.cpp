@@ -8,9 +8,6 @@
 #include "prompt.h"
 #include "segments.h"
 
-#pragma GCC push_options
-STATE_TARGET
-
 namespace state {
 namespace {
 
@@ -207,5 +204,3 @@ void run_layer(Engine& engine, const MixerStates& states, int layer, const Mixer
 }
 
 }  // namespace state
-
-#pragma GCC pop_options

@@ -5,9 +5,6 @@
 #include "step.h"
 #include "window.h"
 
-#pragma GCC push_options
-STATE_TARGET
-
 namespace state {
 namespace {
 
@@ -142,5 +139,3 @@ void run_layer(Engine& engine, const MixerStates& states, int layer, const Mixer
 }
 
 }  // namespace state
-
-#pragma GCC pop_options

@@ -3,8 +3,7 @@
 
 #include "tile.h"
 
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,fma,f16c,bmi2")
+LLMCOMPRESS_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,fma,f16c,bmi2")
 
 namespace state {
 
@@ -67,4 +66,4 @@ STATE_INLINE float folded_sum(__m512 even, __m512 odd) {
 
 }  // namespace state
 
-#pragma GCC pop_options
+LLMCOMPRESS_TARGET_END

@@ -68,8 +68,7 @@ bool update_nibbles(uint8_t*, uint16_t*, uint16_t*, const uint16_t*, const Windo
 #else
 #include "nibble_lanes.h"
 
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,fma,f16c,bmi2")
+LLMCOMPRESS_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,fma,f16c,bmi2")
 
 namespace state {
 
@@ -564,5 +563,5 @@ bool update_nibbles(uint8_t* codes, uint16_t* channel, uint16_t* scale, const ui
 
 }  // namespace state
 
-#pragma GCC pop_options
+LLMCOMPRESS_TARGET_END
 #endif

@@ -3,9 +3,6 @@
 
 #include "prompt.h"
 
-#pragma GCC push_options
-STATE_TARGET
-
 namespace state {
 namespace {
 
@@ -110,5 +107,3 @@ __attribute__((visibility("default"))) int llmc_mamba2_prefill(
 }
 
 }  // extern "C"
-
-#pragma GCC pop_options

@@ -16,9 +16,6 @@
 #include "elementwise.h"
 #include "memory.h"
 
-#pragma GCC push_options
-STATE_TARGET
-
 namespace state {
 namespace {
 
@@ -134,5 +131,3 @@ void walk(int64_t lanes, const Mixer& m, const Segment& s, int64_t head, const f
 
 }  // namespace
 }  // namespace state
-
-#pragma GCC pop_options

@@ -13,9 +13,8 @@
 #include "pick.h"
 #include "window.h"
 
-#pragma GCC push_options
 #ifndef LLMCOMPRESS_AVX2
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,fma,f16c,bmi2")
+LLMCOMPRESS_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,fma,f16c,bmi2")
 #endif
 
 namespace state {
@@ -318,4 +317,6 @@ Read head_read(int bits, int64_t states) {
 
 }  // namespace state
 
-#pragma GCC pop_options
+#ifndef LLMCOMPRESS_AVX2
+LLMCOMPRESS_TARGET_END
+#endif

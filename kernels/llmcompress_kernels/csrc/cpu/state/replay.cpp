@@ -10,9 +10,6 @@
 #include "pick.h"
 #include "tile_update.h"
 
-#pragma GCC push_options
-STATE_TARGET
-
 namespace state {
 namespace {
 
@@ -165,5 +162,3 @@ __attribute__((visibility("default"))) int llmc_dsq_replay_update(
 }
 
 }  // extern "C"
-
-#pragma GCC pop_options

@@ -5,9 +5,6 @@
 #include "llmcompress/lowbit.h"
 #include "tile.h"
 
-#pragma GCC push_options
-STATE_TARGET
-
 namespace state {
 
 // What `fold` makes of the sixteen lanes of each of eight vectors, a lane to a vector: eight reductions in 24 operations.
@@ -100,5 +97,3 @@ STATE_INLINE bool round_tokens(const llmcompress::Chunk* parts, int64_t count, c
 }
 
 }  // namespace state
-
-#pragma GCC pop_options

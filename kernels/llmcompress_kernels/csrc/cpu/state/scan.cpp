@@ -10,9 +10,6 @@
 #include "pick.h"
 #include "tile.h"
 
-#pragma GCC push_options
-STATE_TARGET
-
 namespace state {
 namespace {
 
@@ -225,5 +222,3 @@ __attribute__((visibility("default"))) int llmc_dsq_scan_backward(
 }
 
 }  // extern "C"
-
-#pragma GCC pop_options

@@ -12,9 +12,6 @@
 #include "engine.h"
 #include "prompt.h"
 
-#pragma GCC push_options
-STATE_TARGET
-
 namespace state {
 namespace {
 
@@ -288,5 +285,3 @@ class SegmentWorker : public Worker {
 
 }  // namespace
 }  // namespace state
-
-#pragma GCC pop_options

@@ -4,9 +4,6 @@
 #include "elementwise.h"
 #include "engine.h"
 
-#pragma GCC push_options
-STATE_TARGET
-
 namespace state {
 
 class StepWorker : public Worker {
@@ -145,5 +142,3 @@ class StepWorker : public Worker {
 };
 
 }  // namespace state
-
-#pragma GCC pop_options

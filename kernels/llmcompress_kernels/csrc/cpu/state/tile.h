@@ -13,9 +13,6 @@
 
 #include "wide.h"
 
-#pragma GCC push_options
-STATE_TARGET
-
 namespace state {
 
 constexpr float kSmallest = 5.9604644775390625e-08f;  // 2^-24
@@ -452,5 +449,3 @@ STATE_INLINE void fixed_channels(Scales& s, const uint16_t* fixed, int p) {
 }
 
 }  // namespace state
-
-#pragma GCC pop_options

@@ -3,9 +3,6 @@
 
 #include "tile.h"
 
-#pragma GCC push_options
-STATE_TARGET
-
 namespace state {
 
 #if defined(LLMCOMPRESS_AVX2) && !defined(LLMCOMPRESS_NARROW)
@@ -102,5 +99,3 @@ STATE_INLINE void update_tile(uint8_t* codes, uint16_t* channel, uint16_t* scale
 }
 
 }  // namespace state
-
-#pragma GCC pop_options

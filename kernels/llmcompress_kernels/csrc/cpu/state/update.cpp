@@ -7,9 +7,6 @@
 #include "pick.h"
 #include "tile_update.h"
 
-#pragma GCC push_options
-STATE_TARGET
-
 namespace state {
 namespace {
 
@@ -171,5 +168,3 @@ __attribute__((visibility("default"))) int llmc_state_update(float* states_io, c
 __attribute__((visibility("default"))) void llmc_state_count(int64_t* counts) { state::counted = counts; }
 
 }  // extern "C"
-
-#pragma GCC pop_options

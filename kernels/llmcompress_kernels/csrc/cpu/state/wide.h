@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "llmcompress/target.h"
+
 #define STATE_INLINE static inline __attribute__((always_inline))
 
 #ifdef LLMCOMPRESS_NARROW
@@ -17,12 +19,29 @@
 #endif
 
 #ifndef LLMCOMPRESS_AVX2
-#define STATE_TARGET _Pragma("GCC target(\"avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2\")")
 namespace state {
 constexpr bool kAvx512 = true;
 }
 #else
-#define STATE_TARGET
+
+// some headers have macros for these
+#undef _mm512_setr_epi32
+#undef _mm512_setr_ps
+#undef _mm512_extractf32x8_ps
+#undef _mm512_extracti64x4_epi64
+#undef _mm512_cmp_ps_mask
+#undef _mm512_mask_cmp_ps_mask
+#undef _mm512_permute_ps
+#undef _mm512_shuffle_ps
+#undef _mm512_shuffle_f32x4
+#undef _mm512_shuffle_i32x4
+#undef _mm512_shuffle_i64x2
+#undef _mm512_cvtps_ph
+#undef _mm512_ternarylogic_epi32
+#undef _mm512_range_ps
+#undef _mm512_roundscale_ps
+#undef _mm256_cmp_ps_mask
+#undef _mm256_cmplt_epu32_mask
 
 namespace state {
 
@@ -97,8 +116,6 @@ STATE_INLINE __m512i _mm512_set1_epi32(int x) { return {_mm256_set1_epi32(x), _m
 STATE_INLINE __m512i _mm512_set1_epi8(char x) { return {_mm256_set1_epi8(x), _mm256_set1_epi8(x)}; }
 STATE_INLINE __m512 _mm512_setzero_ps() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 STATE_INLINE __m512i _mm512_setzero_si512() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-#undef _mm512_setr_epi32
-#undef _mm512_setr_ps
 template <class... X>
 STATE_INLINE __m512i _mm512_setr_epi32(X... x) {
   alignas(64) const int all[] = {x...};
@@ -226,10 +243,17 @@ STATE_INLINE __m512 _mm512_permutex2var_ps(__m512 x, __m512i at, __m512 y) {
   };
   return {half(at.a), half(at.b)};
 }
-STATE_INLINE __m512 _mm512_permute_ps(__m512 x, int how) { return {_mm256_permute_ps(x.a, how), _mm256_permute_ps(x.b, how)}; }
-STATE_INLINE __m512 _mm512_shuffle_ps(__m512 x, __m512 y, int how) {
-  return {_mm256_shuffle_ps(x.a, y.a, how), _mm256_shuffle_ps(x.b, y.b, how)};
+// instructions with a constant in them, which an argument is not to every compiler
+template <int How>
+STATE_INLINE __m512 permute(__m512 x) {
+  return {_mm256_permute_ps(x.a, How), _mm256_permute_ps(x.b, How)};
 }
+template <int How>
+STATE_INLINE __m512 shuffle(__m512 x, __m512 y) {
+  return {_mm256_shuffle_ps(x.a, y.a, How), _mm256_shuffle_ps(x.b, y.b, How)};
+}
+#define _mm512_permute_ps(x, how) state::permute<how>(x)
+#define _mm512_shuffle_ps(x, y, how) state::shuffle<how>(x, y)
 // Quarters of a vector: two of x, two of y, two bits each.
 STATE_INLINE __m128 quarter_of(__m512 x, int which) {
   const __m256 half = which < 2 ? x.a : x.b;

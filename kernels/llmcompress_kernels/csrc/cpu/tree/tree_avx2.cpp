@@ -1,11 +1,11 @@
 // Nodes of a residual tree for AVX2. Headers come before the pragma, see cpu/products/avx2.cpp.
 #include "llmcompress/tree.h"
+#include "llmcompress/target.h"
 #include "llmcompress/types.h"
 
 #include <immintrin.h>
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
+LLMCOMPRESS_TARGET("avx2,fma,f16c")
 namespace llmcompress {
 namespace tree_avx2 {
 #include "llmcompress/lanes_avx2.h"
@@ -15,4 +15,4 @@ namespace tree_avx2 {
 }  // namespace tree_avx2
 const TreeVariant tree_variant = {tree_avx2::quantize_token, tree_avx2::add_node};
 }  // namespace llmcompress
-#pragma GCC pop_options
+LLMCOMPRESS_TARGET_END
