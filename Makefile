@@ -80,7 +80,7 @@ family-smollm2: $(STAMP) ## Train four fine-tunes of SmolLM2-135M: needs FAMILY_
 # a stopped target continues with the same command; times have not been measured: llmcompress plan predicts them for CPUs.
 # REPRO_ARGS: settings of your own, such as other data, fewer samples or run.dir; what they change is no longer the paper's
 define REPRO
-	@echo "$(1): ends with a table and report.html in runs/$(1); started again it goes on where it stopped"
+	@echo "$(1): ends with a table and report.html in $(or $(patsubst run.dir=%,%,$(filter run.dir=%,$(REPRO_ARGS))),runs/$(1)); started again it goes on where it stopped"
 	@echo "compare with $(2)"
 	@echo "one seed, 0 (run.seed); ± in the table is the error of the difference on the same rows; deviations: PAPERS.md"
 endef

@@ -11,6 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+# what writing to an open file fails by; a lost connection, say, that the writer was waiting for is none of them
+_WRITING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE})
+
 
 def read_json(path: Path) -> Any:
     """Content of a JSON file, None where it is missing or not (yet) valid."""
@@ -30,12 +33,14 @@ def write_durably(path: Path, data: bytes) -> None:
 def durably(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that appears as ``path``, complete, when the ``with`` block ends without an error.
 
-    After an error nothing of it is left, for on a full disk its half would be in the way. An error of the system
-    that names no file gets this one.
+    After an error nothing of it is left, for on a full disk its half would be in the way. What a disk fails by when it
+    is written to names no file, and gets this one.
     """
     part = path.with_name(path.name + ".part")
+    # outside: a file that cannot be opened is not this one's to remove
+    handle = part.open("wb")
     try:
-        with part.open("wb") as handle:
+        with handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
@@ -43,7 +48,7 @@ def durably(path: Path) -> Iterator[IO[bytes]]:
     except BaseException as error:
         with suppress(OSError):
             part.unlink()
-        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        if isinstance(error, OSError) and error.errno in _WRITING and error.filename is None:
             error.filename = str(path)
         raise
     folder = os.open(path.parent, os.O_RDONLY)

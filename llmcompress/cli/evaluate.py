@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from llmcompress.cli.models import OpenedModel
     from llmcompress.evaluation.gates import GateConfig
+    from llmcompress.evaluation.task_specs import TaskSpec
     from llmcompress.report.data import ReportData
     from llmcompress.stages.evaluate import EvaluateConfig
 
@@ -255,7 +256,6 @@ def _require_names(limits: list[GateConfig], config: EvaluateConfig) -> None:
     from llmcompress.evaluation.gates import unknown_metrics
     from llmcompress.evaluation.harness import scored_names
     from llmcompress.evaluation.task_facts import unknown_figures
-    from llmcompress.evaluation.task_specs import specify
 
     exact = [f"{name}.{metric}" for name in config.perplexity for metric in ("perplexity", "bits_per_byte")]
     exact += ["tasks.mean_acc"] if len(config.tasks) > 1 else []
@@ -265,8 +265,7 @@ def _require_names(limits: list[GateConfig], config: EvaluateConfig) -> None:
     if not unknown_metrics(gates, exact):
         return
     # only lm-eval knows what a group of tasks consists of
-    specs = specify(config.tasks, resolve_path(config.tasks_dir) if config.tasks_dir else None, config.limit)
-    if wrong := unknown_metrics(gates, exact, [name for spec in specs for name in scored_names(spec)]):
+    if wrong := unknown_metrics(gates, exact, [name for spec in _specs(config) for name in scored_names(spec)]):
         raise _no_such_figure("\n".join(wrong))
 
 
@@ -423,6 +422,25 @@ def _open(path: str, dtype: str, device: str, out: Output, member: str | None = 
     return open_model(path, dtype, device, member=member)
 
 
+def _specs(config: EvaluateConfig) -> list[TaskSpec]:
+    from llmcompress.evaluation.task_specs import specify
+
+    return specify(config.tasks, resolve_path(config.tasks_dir) if config.tasks_dir else None, config.limit)
+
+
+def _try_tasks(config: EvaluateConfig) -> None:
+    """Build every task before a model is loaded: most mistakes are in their names and data.
+
+    Raises:
+        InputError: lm-eval does not know a task, or its data cannot be had.
+    """
+    if config.tasks:
+        from llmcompress.evaluation.harness import build
+
+        for spec in _specs(config):
+            build(spec)
+
+
 def _prepare(config: EvaluateConfig, opened: OpenedModel, out: Output) -> Any:
     from llmcompress.evaluation.measure import prepare
 
@@ -434,13 +452,12 @@ def _measure_one(
     out: Output, path: str, config: EvaluateConfig, dtype: str, device: str, member: str | None
 ) -> list[dict[str, Any]]:
     from llmcompress.evaluation.ledger import Ledger
-    from llmcompress.evaluation.measure import measure_side, open_tasks
+    from llmcompress.evaluation.measure import measure_side
     from llmcompress.evaluation.results import pair_scores, side_scores, task_mean
 
+    _try_tasks(config)
     opened, ledger = _open(path, dtype, device, out, member), Ledger()
     prepared = _prepare(config, opened, out)
-    open_tasks(prepared, ledger, ["compressed"])
-
     # there is one model, compressed or not
     measure_side(
         "compressed", opened.model, opened.tokenizer, config, prepared, ledger, out.note, label=""  # type: ignore[arg-type]
@@ -454,18 +471,17 @@ def _measure_two(
 ) -> list[dict[str, Any]]:
     """Measure A as the reference and B against it; both stay in memory for the token-by-token comparison."""
     from llmcompress.evaluation.ledger import Ledger
-    from llmcompress.evaluation.measure import measure_pair, measure_side, open_tasks
+    from llmcompress.evaluation.measure import measure_pair, measure_side
     from llmcompress.evaluation.results import fidelity_scores, pair_scores, side_scores, task_mean
 
     for name in (first, second):
         model_folder(name)
+    _try_tasks(config)
     one, two, ledger = _open(first, dtype, device, out), _open(second, dtype, device, out), Ledger()
     words = (one.model.config.get_text_config().vocab_size, two.model.config.get_text_config().vocab_size)
     if words[0] != words[1]:
         raise UsageError(f"the vocabularies differ ({words[0]} and {words[1]} tokens)", "compare models of one family")
     prepared = _prepare(config, one, out)
-    open_tasks(prepared, ledger, ["dense", "compressed"])
-
     # neither is dense or compressed by its place
     for side, opened, label in (("dense", one, "A"), ("compressed", two, "B")):
         measure_side(side, opened.model, one.tokenizer, config, prepared, ledger, out.note, label)  # type: ignore[arg-type]

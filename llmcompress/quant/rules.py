@@ -223,7 +223,8 @@ def _why_unused(rule: Rule, rules: Sequence[Rule], weights: Sequence[tuple[str, 
     if rule.match is None:
         present = sorted({role.value for _, role in weights})
         wanted = ", ".join(role.value for role in rule.roles)
-        return f"rules.{rule.name}.role: this model has no {wanted} weights; roles here: {', '.join(present)}"
+        text = f"rules.{rule.name}.role: this model has no {wanted} weights; roles here: {', '.join(present)}"
+        return f"{text} (recipes q_mamba_… are for these)" if present == ["ssm"] else text
     literal = re.sub(r"\\(.)|[\^$*+?()\[\]{}|]", lambda m: m.group(1) or "", rule.match)
     shapes = dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name) for name, _ in weights)
     near = sorted(shapes, key=lambda s: -_similarity(literal, s))[:3]

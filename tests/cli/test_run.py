@@ -385,12 +385,14 @@ def test_a_task_of_ones_own_with_examples_ends_in_a_table(
     assert invoke(["compare", str(finished[1]), str(finished[1]), "--length", "16", "--dtype", "bfloat16"]) == 2
     assert invoke(["eval", str(finished[1]), *words, "--length", "16", "--max-tokens", "64"]) == 2
     assert invoke(["eval", str(finished[1]), "--text", "book.txt", "--field", "body"]) == 2
+    assert invoke(["eval", str(finished[1]), "--task", "none_such"]) == 4
+    assert invoke(["compare", str(tiny_folder), str(tiny_folder), "--task", "none_such"]) == 4
     said = capsys.readouterr().err
     assert "--recipe says what is measured, so --field, --length would" in said
     assert "by what they recorded, so --length, --dtype would" in said
     assert "only tasks are named, so --length, --max-tokens would" in said
     assert "a plain text has no fields, so --field would" in said
-    assert "only with --apply-chat-template" in said
+    assert "only with --apply-chat-template" in said and said.count("task none_such: lm-eval does not know it") == 2
     assert "there is no folder" in said and "--limit would change nothing" in said and "loading" not in said
     assert "no --task is named, so --num-fewshot would" in said and "so --tasks-dir would" in said
     assert "by what they recorded, so --task, --num-fewshot, --fewshot-seed, --system-instruction would" in said

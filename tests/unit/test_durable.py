@@ -35,3 +35,24 @@ def test_a_stop_leaves_nothing_half_written(tmp_path: Path) -> None:
         handle.write(b"half")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_ones_failure_keeps_its_own_name(tmp_path: Path) -> None:
+    path, lost = tmp_path / "facts.json", OSError(errno.ECONNRESET, "Connection reset by peer")
+    with pytest.raises(OSError, match="reset") as caught, durable.durably(path):
+        raise lost
+    assert caught.value.filename is None and list(tmp_path.iterdir()) == []
+
+
+def test_a_part_that_cannot_be_opened_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, part = tmp_path / "facts.json", tmp_path / "facts.json.part"
+    part.write_bytes(b"another's")
+
+    def refused(self: Path, _mode: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(PermissionError):
+        durable.write_durably(path, b"mine")
+    monkeypatch.undo()
+    assert part.read_bytes() == b"another's"
