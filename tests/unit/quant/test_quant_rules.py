@@ -68,6 +68,10 @@ def test_rules_without_effect_are_named() -> None:
         resolve([ATTENTION, rule("late", match="q_proj")], MIXTRAL)
     with pytest.raises(RecipeError, match=r"rules\.none\.role: this model has no shared_experts.*attention, experts"):
         resolve([rule("none", roles=(Role.SHARED_EXPERTS,))], MIXTRAL)
+    small = {"vocab_size": 64, "hidden_size": 32, "num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1}
+    states = layout_from_config({"model_type": "mamba2", "num_hidden_layers": 1, **small})
+    with pytest.raises(RecipeError, match=r"no attention weights; roles here: ssm \(recipes q_mamba_… are for these\)"):
+        resolve([ATTENTION], states)
     with pytest.raises(RecipeError, match="the model has layers 0 to 4"):
         resolve([rule(roles=(Role.EXPERTS,), bits=LayerBits(2, {7: 4}))], MIXTRAL)
     with pytest.raises(RecipeError, match="nothing would be quantized"):
