@@ -95,6 +95,8 @@ class Service:
     ) -> None:  # fmt: skip
         self.models, self.scheduler, self.limits, self.metrics = models, scheduler, limits, metrics
         self.parser = parser
+        self.letters = Letters()
+        scheduler.told = self.letters.post
         self.created = int(time.time())
         self.grammars = Grammars()
 
@@ -257,7 +259,7 @@ class Service:
             stream, prompt = TextStream(model.tokenizer, ask.stop or (), *own), prompts[index // ask.n]
             echo = None if asked.echoes is None else asked.echoes[index // ask.n]
             tally = None if penalties.idle else Tally(penalties, prompt, model.vocabulary)
-            sink = _sink(loop, pieces, index)
+            sink = partial(self.letters.put, loop, pieces, index)
             jobs.append(Job(model.name, prompt, how, ends, stream, sink, asked.logprobs, echo, walk, tally))
         try:
             self.scheduler.submit(jobs)
@@ -375,6 +377,43 @@ class Service:
             self.scheduler.cancel(answers.jobs)
 
 
+class Letters:
+    """Takes pieces of answers from the thread that decodes to the event loop: those of one step together, as waking the
+    loop for each of them costs more than the rest of what is done for it.
+    """
+
+    def __init__(self) -> None:
+        self._written: list[tuple[asyncio.Queue[tuple[int, Piece]], int, Piece]] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def put(
+        self, loop: asyncio.AbstractEventLoop, pieces: asyncio.Queue[tuple[int, Piece]], index: int, piece: Piece
+    ) -> None:
+        """One more, on the thread that decodes.
+
+        Raises:
+            RuntimeError: The reader's loop has closed.
+        """
+        if loop.is_closed():
+            raise RuntimeError("the event loop is closed")
+        self._loop = loop
+        self._written.append((pieces, index, piece))
+
+    def post(self) -> None:
+        """Let the loop have them, on the same thread."""
+        if not self._written or self._loop is None:
+            return
+        written, self._written = self._written, []
+        # a loop that has closed since has no readers
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(_deliver, written)
+
+
+def _deliver(written: Sequence[tuple[asyncio.Queue[tuple[int, Piece]], int, Piece]]) -> None:
+    for pieces, index, piece in written:
+        pieces.put_nowait((index, piece))
+
+
 class _Events(StreamingResponse):
     """A stream that says when it is over, also to a reader who has gone before its first byte: a generator that was
     never begun has no end to hook on to.
@@ -422,15 +461,6 @@ def application(service: Service, api_key: str | None, origins: Sequence[str] = 
     if not origins:
         return guarded
     return CORSMiddleware(guarded, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
-
-
-def _sink(
-    loop: asyncio.AbstractEventLoop, pieces: asyncio.Queue[tuple[int, Piece]], index: int
-) -> Callable[[Piece], None]:
-    def put(piece: Piece) -> None:
-        loop.call_soon_threadsafe(pieces.put_nowait, (index, piece))
-
-    return put
 
 
 def _failure(error: str) -> ApiError:

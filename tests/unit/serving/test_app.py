@@ -17,11 +17,11 @@ pytest.importorskip("prometheus_client")
 from llmcompress.inference.generate import Recommended
 from llmcompress.inference.grammar import Grammars
 from llmcompress.serving import app
-from llmcompress.serving.app import Service, application
+from llmcompress.serving.app import Letters, Service, application
 from llmcompress.serving.conversation import worded
 from llmcompress.serving.limits import Limits
 from llmcompress.serving.metrics import Metrics
-from llmcompress.serving.scheduler import Job
+from llmcompress.serving.scheduler import Job, Piece
 from llmcompress.serving.served import ServedModel
 
 
@@ -178,3 +178,33 @@ def test_the_list_of_models_may_end_in_a_slash(tiny_tokenizer: Any) -> None:
     model = ServedModel("m", tiny_tokenizer, frozenset({2}), None, 300, Recommended())
     client = TestClient(application(Service({"m": model}, waiting, Limits(), Metrics()), None))
     assert [one["id"] for one in client.get("/v1/models/").json()["data"]] == ["m"]
+
+
+def test_pieces_of_one_step_wake_the_loop_once_and_keep_their_order() -> None:
+    async def read() -> list[tuple[int, Piece]]:
+        loop, letters, pieces = asyncio.get_running_loop(), Letters(), asyncio.Queue[tuple[int, Piece]]()
+        woken, wake = [], loop.call_soon_threadsafe
+
+        def counted(*asked: Any) -> Any:
+            woken.append(asked)
+            return wake(*asked)
+
+        loop.call_soon_threadsafe = counted  # type: ignore[method-assign]
+        for index in range(3):
+            letters.put(loop, pieces, index, Piece(str(index), 1))
+        assert pieces.empty() and not woken
+        letters.post()
+        letters.post()
+        assert len(woken) == 1
+        return [await asyncio.wait_for(pieces.get(), 60) for _ in range(3)]
+
+    assert [(index, piece.text) for index, piece in asyncio.run(read())] == [(0, "0"), (1, "1"), (2, "2")]
+
+
+def test_a_reader_whose_loop_has_closed_is_gone() -> None:
+    loop, letters = asyncio.new_event_loop(), Letters()
+    letters.put(loop, asyncio.Queue(), 0, Piece("", 1))
+    loop.close()
+    letters.post()
+    with pytest.raises(RuntimeError, match="closed"):
+        letters.put(loop, asyncio.Queue(), 0, Piece("", 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -463,11 +464,13 @@ def test_an_answer_whose_reader_is_gone_leaves(bench: Bench) -> None:
 
 
 def test_stopping_tells_those_that_wait_too(bench: Bench) -> None:
+    told = list[int]()
+    bench.scheduler.told = lambda: told.append(sum(bool(bench.pieces.get(i)) for i in range(1, 5)))
     bench.held_up(8)
     bench.scheduler.submit([bench.job(30 + 10 * i) for i in range(4)])
     threading.Thread(target=lambda: comes(lambda: bench.scheduler.draining) and bench.rows.gate.set()).start()
     bench.scheduler.stop()
-    assert [bench.ended(i).error for i in range(1, 5)] == [STOPPED] * 4
+    assert [bench.ended(i).error for i in range(1, 5)] == [STOPPED] * 4 and told[-1] == 4
     with pytest.raises(Busy, match="shutting down"):
         bench.scheduler.submit([bench.job(90)])
 
@@ -483,3 +486,26 @@ def test_draining_takes_nothing_new_and_stopping_ends_the_rest(tiny_tokenizer: A
     bench.scheduler.stop()
     assert bench.ended(0).error == STOPPED or bench.ended(0).reason == "length"
     assert not bench.scheduler.alive
+
+
+def test_the_likeliest_token_is_the_first_of_equals() -> None:
+    rows = [*torch.randn(20, 50), torch.tensor([1.0, 3.0, 3.0]), torch.tensor([-torch.inf, -2.0, -torch.inf])]
+    assert scheduler.likeliest(rows) == [int(row.argmax()) for row in rows]
+    assert scheduler.likeliest(rows[-2:]) == [1, 1]
+
+
+def test_readers_are_told_once_a_step_and_of_the_end(bench: Bench) -> None:
+    told = [0]
+
+    def sent() -> int:
+        return sum(map(len, bench.pieces.values()))
+
+    bench.scheduler.told = lambda: told.append(sent())
+    bench.scheduler.submit([bench.job(10 * i, 4) for i in range(3)])
+    assert [bench.ended(i).reason for i in range(3)] == ["length"] * 3
+    assert comes(lambda: told[-1] == sent())
+    # of what a step brings all is told together
+    assert 3 in {after - before for before, after in pairwise(told)}
+    # its steps come to a token that breaks them
+    bench.scheduler.submit([bench.job(0, 60000)])
+    assert bench.ended(3).error == FAILED and comes(lambda: told[-1] == sent())
