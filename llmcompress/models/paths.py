@@ -125,9 +125,13 @@ def matches(text: str) -> list[Path]:
 
 def no_model_folder(text: str) -> InputError:
     """The error for a path that is not a folder, with the step that most likely helps."""
-    if Path(text).is_file():
-        return InputError(f"{text}: a file, not a model folder", "give a folder with config.json and safetensors files")
     hint = "give a folder with config.json and safetensors files"
+    if (file := Path(text)).is_file():
+        if (file.parent / "config.json").is_file():
+            hint = f"give the folder: {file.parent}"
+        elif file.suffix == ".gguf":
+            hint = "GGUF is written, not read: give the folder that the file was made from (config.json, safetensors)"
+        return InputError(f"{text}: a file, not a model folder", hint)
     # what stands in a folder that is here was meant as a path
     if _HUB_NAME.fullmatch(text) and not Path(text).parent.is_dir():
         what = f"{text}: no such model folder, and no model of that name in the hub's cache ({hub_cache()})"
