@@ -20,7 +20,7 @@ from llmcompress.models.layout import ExpertBank
 from llmcompress.models.orientation import canonical, family_orientation
 
 # families whose decoder layers return a tuple
-TUPLES = frozenset({"bamba", "falcon_h1", "glm_moe_dsa", "gptj", "falcon"})
+TUPLES = frozenset({"bamba", "falcon_h1", "glm_moe_dsa", "gptj", "falcon", "gpt_neo"})
 # rows of one expert that are pushed through at once; fixed, so that results do not depend on budgets
 PIECE = 8192
 

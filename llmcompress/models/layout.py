@@ -278,6 +278,8 @@ class Sublayer:
         keeps: Where the normed input takes the place of the hidden states, what multiplies it before the output is
             added (MiniMax-01); None where these stay.
         decays: Attention that keeps a state, which decays by constants, and no keys and values (MiniMax-01).
+        activation: Of an MLP whose two linears are in no module but the block: what the block calls the function
+            between them (OPT). None for others.
     """
 
     kind: Literal["attention", "mlp", "moe", "ssm"]
@@ -298,6 +300,7 @@ class Sublayer:
     handed: int = 0
     keeps: float | None = None
     decays: bool = False
+    activation: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

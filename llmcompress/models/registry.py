@@ -23,6 +23,7 @@ from llmcompress.models.families import (
     hunyuan,
     hybrids,
     kimi,
+    learned_positions,
     lfm2,
     llama4,
     mamba,
@@ -69,7 +70,20 @@ def _table() -> dict[str, Family]:
         llama4,
         gemma4,
     )
-    modules = (*experts, qwen_next, kimi, olmo_hybrid, lfm2, mamba, hybrids, nemotron, zamba, parallel, dense)
+    modules = (
+        *experts,
+        qwen_next,
+        kimi,
+        olmo_hybrid,
+        lfm2,
+        mamba,
+        hybrids,
+        nemotron,
+        zamba,
+        parallel,
+        learned_positions,
+        dense,
+    )
     return {family.model_type: family for module in modules for family in module.FAMILIES}
 
 

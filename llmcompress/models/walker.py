@@ -329,6 +329,9 @@ class Walker:
             if sublayer.kind == "ssm":
                 # calibration windows have no padding, so the mask is always None
                 return first_output(module(x, cache_params=None, attention_mask=None))
+            if sublayer.activation is not None:
+                first, last = (self.model.get_submodule(group.linears[0].name) for group in sublayer.groups)
+                return last(getattr(module, sublayer.activation)(first(x)))
             return first_output(module(x, block.index) if sublayer.numbered else module(x))
 
         steps = GroupSteps(self, sublayer.groups, visitor, call, lambda rows: self.normed(sublayer, source, rows))

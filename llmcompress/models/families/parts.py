@@ -56,6 +56,8 @@ class Family:
         depth: Number of decoder layers; from ``num_hidden_layers`` when None.
         ignored: See :class:`~llmcompress.models.layout.ModelLayout`; or a function of the facts.
         layer_scale: Name in a layer of the number that multiplies the hidden states after it, None without.
+        positions: Name in the body of learned positions, ``max_position_embeddings`` rows, and how many stand before
+            these; None without.
         package: Folder of the model in transformers, None for that of its model type.
     """
 
@@ -77,6 +79,7 @@ class Family:
     loan: Callable[[Facts, int], Loan | None] | None = None
     package: str | None = None
     layer_scale: str | None = None
+    positions: tuple[str, int] | None = None
 
     def layout(self, config: Mapping[str, Any]) -> ModelLayout:
         """Compute the layout of a model of this family.
@@ -103,6 +106,10 @@ class Family:
             kept += [] if scale is None else [TensorView(scale, (1,))]
             blocks.append(Block(index, name, tuple(part.sublayer for part in parts), tuple(kept), loan, scale))
         outside = [TensorView(f"{self.body}.{self.embedding}.weight", (vocab, hidden))]
+        if self.positions is not None:
+            name, before = self.positions
+            rows = facts.size("max_position_embeddings") + before
+            outside.append(TensorView(f"{self.body}.{name}.weight", (rows, hidden)))
         outside += norm(f"{self.body}.{self.final_norm}", hidden, self.norm_bias) if self.norm_weights else []
         if not tied:
             outside.append(TensorView("lm_head.weight", (vocab, hidden)))

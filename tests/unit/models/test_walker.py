@@ -41,6 +41,8 @@ DENSE = {
     "phi": {},
     "apertus": {},
     "nanochat": {},
+    "opt": {"num_key_value_heads": 4, "ffn_dim": 48},
+    "gpt_neo": {"num_key_value_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 8},
 }
 MIXED = {"first_k_dense_replace": 1, "moe_intermediate_size": 20, "n_routed_experts": 6, "num_experts_per_tok": 3}
 PLAIN = {**DENSE, "glm4_moe": {**MIXED, "use_qk_norm": True, "routed_scaling_factor": 2.5}}
@@ -115,7 +117,10 @@ def walk(
         handle.load_block(model, block.index)
         visitors.append(visitor(model) if visitor is not None else None)
         walker.forward(block, hidden, visitors[-1], advance, tap)
-    norm = next((view.name for view in handle.layout.outside if "norm" in view.name), "model.norm.weight")
+    norm = next(
+        (view.name for view in handle.layout.outside if "norm" in view.name or ".ln_f." in view.name),
+        "model.norm.weight",
+    )
     return model.get_submodule(norm.removesuffix(".weight"))(hidden), model, visitors
 
 
