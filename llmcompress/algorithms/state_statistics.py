@@ -53,22 +53,26 @@ class HeadStatistics:
     def add_float(self, inputs: Inputs) -> Tensor:
         """Run the float recurrence, add to everything but the errors; returns its outputs ``[S, T, H, P]``."""
         sequences, tokens = inputs.tokens
-        mean_abs, largest = [], None
+        mean_abs: Tensor | None = None
+        largest: Tensor | None = None
 
-        def watch(fresh: Tensor, _t: int) -> Tensor:
-            nonlocal largest
+        def watch(fresh: Tensor, t: int) -> Tensor:
+            nonlocal mean_abs, largest
             size = fresh.abs()
-            mean_abs.append(size.mean((0, -1)))
+            if mean_abs is None:
+                # in one piece: small rows kept between states that come and go would leave holes in the heap
+                mean_abs = size.new_empty(tokens, *size.shape[1:3])
+            mean_abs[t] = size.mean((0, -1))
             top = size.amax(0)
             largest = top if largest is None else torch.maximum(largest, top)
             return fresh
 
         outputs, _ = inputs.run(None, watch)
-        assert largest is not None
+        assert mean_abs is not None and largest is not None
         self.log_decay += inputs.log_decay.sum((0, 1)).cpu()
         self.energy += outputs.double().square().sum((0, 1, 3)).cpu()
         self.tokens += sequences * tokens
-        summed = torch.stack(mean_abs).sum(0) * sequences
+        summed = mean_abs.sum(0) * sequences
         self.mean_abs = summed if self.mean_abs is None else self.mean_abs + summed
         log_max = largest.clamp(min=torch.finfo(torch.float32).tiny).log()
         self.log_max = log_max if self.log_max is None else torch.maximum(self.log_max, log_max)

@@ -69,9 +69,12 @@ def streamed_tokens(config: EvaluateConfig) -> int:
 
 def streamed_bytes(layout: ModelLayout, weight_bytes: int, item: int) -> int:
     """Weights in memory while a model goes block by block: one block, its largest weight as read, embedding, head."""
-    largest = max((prod(shape) for _, _, shape, _ in layout.quantizable()), default=0)
-    read = largest * max(weight_bytes, 4)  # as it is in the file, or decoded
-    return (sizes.largest_block(layout) + sizes.outside_parameters(layout)) * item + read
+    return (sizes.largest_block(layout) + sizes.outside_parameters(layout)) * item + as_read(layout, weight_bytes)
+
+
+def as_read(layout: ModelLayout, weight_bytes: int) -> int:
+    """A block's largest weight as it is in the file, or decoded."""
+    return max((prod(shape) for _, _, shape, _ in layout.quantizable()), default=0) * max(weight_bytes, 4)
 
 
 def _parts(config: EvaluateConfig, layout: ModelLayout, item: int) -> Iterator[int]:

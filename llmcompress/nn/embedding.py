@@ -29,12 +29,28 @@ if TYPE_CHECKING:
 
     from llmcompress.models.layout import ModelLayout
 
+# values of an embedding that are rounded together
+ROUNDED_AT_ONCE = 1 << 20
+
 
 def pack_rows(weight: Tensor, spec: QuantSpec, lanes: int = LANES) -> PackedWeight:
-    """Round ``[V, D]`` to nearest and pack it as ``[V', D]``; added rows are zeros, with one lane there are none."""
-    padded = torch.nn.functional.pad(weight.to(torch.float32), (0, 0, 0, -weight.shape[0] % lanes))
-    scale, zero = find_grid(padded, spec, "minmax")
-    return encode(round_codes(padded, scale, zero, spec), scale, zero, spec)
+    """Round ``[V, D]`` to nearest and pack it as ``[V', D]``; added rows are zeros, with one lane there are none.
+
+    Some rows at a time: in float32, and with what rounding makes of them, the embedding of a small model would be the
+    largest thing that a run holds.
+    """
+    rows, columns = weight.shape
+    step = max(1, ROUNDED_AT_ONCE // columns // lanes) * lanes
+    codes = torch.empty(rows + -rows % lanes, columns, dtype=torch.uint8, device=weight.device)
+    scales, zeros = [], []
+    for start in range(0, rows, step):
+        piece = weight[start : start + step].to(torch.float32)
+        piece = torch.nn.functional.pad(piece, (0, 0, 0, -len(piece) % lanes))
+        scale, zero = find_grid(piece, spec, "minmax")
+        codes[start : start + len(piece)] = round_codes(piece, scale, zero, spec)
+        scales.append(scale)
+        zeros += [] if zero is None else [zero]
+    return encode(codes, torch.cat(scales), torch.cat(zeros) if zeros else None, spec)
 
 
 class PackedRows(PackedTensors):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from llmcompress.durable import write_durably
-from llmcompress.evaluation.working_set import streamed_bytes
+from llmcompress.evaluation.working_set import as_read
 from llmcompress.models import sizes
 from llmcompress.quant.states import BITS, DITHERED, CompressedCodec, Rounding
 from llmcompress.stages.base import Estimate, Kind, PlanInputs, Stage, StageConfig
@@ -109,22 +109,22 @@ class Dsq(Stage):
         return found
 
     def estimate(self, inputs: PlanInputs) -> Estimate:
-        """One block, a stream of a few windows, and the states of one batch."""
+        """A stream of a few windows, and the embedding or, later, one block and the states of one batch."""
         layout = inputs.layout
         samples, tokens = min(self.config.samples, inputs.samples or self.config.samples), self._tokens(inputs.length)
         item = inputs.compute_bytes
         stream = sizes.stream_bytes(layout, samples, tokens, item)
         scans = [block.scan for block in layout.blocks if block.scan is not None]
         work = max((_scan_bytes(view, samples, tokens) for view in scans), default=0)
-        held = streamed_bytes(layout, inputs.weight_bytes, item) + stream
+        block = sizes.largest_block(layout) * item + as_read(layout, inputs.weight_bytes)
         runs = len(BITS) + 2
         flops = sizes.forward_flops(layout, samples * tokens, tokens)
         # about twenty operations per value of the state, token and width
         flops += 20.0 * runs * samples * tokens * sum(view.values for view in scans)
         on_gpu = inputs.device == "cuda"
-        ram = held + (0 if on_gpu else work)
+        ram = stream + max(sizes.outside_parameters(layout) * item, block + (0 if on_gpu else work))
         policies = {"state_cache": self.policy(None)}
-        return Estimate(ram=ram, vram=work + held if on_gpu else 0, disk=0, flops=flops, policies=policies)
+        return Estimate(ram=ram, vram=work + block + stream if on_gpu else 0, disk=0, flops=flops, policies=policies)
 
     def _tokens(self, length: int) -> int:
         return min(self.config.tokens, length) if length else self.config.tokens

@@ -94,9 +94,10 @@ class Reconstructor:
         if len(finished) == len(blocks):
             return
         # trained values, scales and losses are fp32 whatever the run computes in
-        model = self.handle.skeleton(torch.float32)
+        model = self.handle.skeleton(torch.float32, head=False)
         walker = Walker(model, self.calibration.tokens, self.ctx.device, self.ctx.seed)
         quantized = walker.embed([block.name for block in blocks])
+        self.handle.free_embeddings(model)
         full = quantized.clone()
         for block in blocks:
             done = block.index in finished
@@ -327,7 +328,9 @@ def mixer_of(block: Block) -> Sublayer | None:
 
 
 def estimate_reconstruction(config: EsrConfig, inputs: PlanInputs) -> Estimate:
-    """Memory of the stage: model parts in fp32, streams and targets, a training batch, states of a head block."""
+    """Memory of the stage: a block in fp32, streams and targets, a training batch, states of a head block; before the
+    first block the embedding instead.
+    """
     layout = inputs.layout
     scans = [block.scan for block in layout.blocks if block.scan is not None and block.scan.kind == "mamba2"]
     if not scans:
@@ -335,13 +338,12 @@ def estimate_reconstruction(config: EsrConfig, inputs: PlanInputs) -> Estimate:
     widest = max(scans, key=lambda scan: scan.heads * scan.channels)
     inner, tokens = widest.heads * widest.channels, inputs.samples * inputs.length
     stream = sizes.stream_bytes(layout, inputs.samples, inputs.length, 4)
-    model = 4 * (sizes.outside_parameters(layout) + sizes.largest_block(layout))
-    # gradients, two moments, and the initial and best values of what is trained
-    training = 5 * 4 * sizes.largest_block(layout)
+    # a block, gradients, two moments, and the initial and best values of what is trained
+    training = 6 * 4 * sizes.largest_block(layout)
     batch = 16 * 4 * config.batch_size * inputs.length * (2 * inner + widest.conv_channels)
     states = min(config.memory_mb << 20, 8 * config.batch_size * inputs.length * widest.values)
     targets = 2 * stream + 4 * tokens * inner
     disk = 2 * sum(3 * scan.heads + scan.conv_channels * (scan.conv_width + 1) for scan in scans)
     flops = 3.0 * config.epochs * sizes.forward_flops(layout, tokens, inputs.length)
-    ram = model + training + 2 * stream + targets + batch + states
+    ram = 2 * stream + max(4 * sizes.outside_parameters(layout), training + targets + batch + states)
     return Estimate(ram=ram, disk=disk, flops=flops)

@@ -47,9 +47,10 @@ def measure_states(config: DsqConfig, state: RunState, ctx: RunContext) -> None:
     if not todo:
         return
     tokens = calibration.tokens[: config.samples, : config.tokens]
-    model = handle.skeleton(getattr(torch, ctx.dtype))
+    model = handle.skeleton(getattr(torch, ctx.dtype), head=False)
     walker = Walker(model, tokens, ctx.device, ctx.seed)
     hidden = walker.embed([block.name for block in blocks])
+    handle.free_embeddings(model)
     for block in blocks:
         if block.index > max(todo):
             break
