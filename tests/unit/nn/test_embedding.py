@@ -12,6 +12,7 @@ from llmcompress import hf
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.export.native import write_native
 from llmcompress.models.assemble import compressed_model
+from llmcompress.nn import embedding
 from llmcompress.nn.embedding import PackedEmbedding, PackedRows, pack_rows
 from llmcompress.quant.codecs import codec
 from llmcompress.quant.embeddings import matrices, packed_bytes, spec_of
@@ -39,6 +40,19 @@ def test_looks_up_and_multiplies_with_the_decoded_rows(spec: QuantSpec, rows: in
     torch.testing.assert_close(found, x @ decoded.T, rtol=1e-4, atol=1e-4)
     # after the first product the words of sixteen rows may lie side by side
     assert torch.equal(module(ids), decoded[ids])
+
+
+@pytest.mark.parametrize("spec", [*SPECS, QuantSpec(4, 32)])
+@pytest.mark.parametrize("lanes", [1, 16])
+def test_rounding_some_rows_at_a_time_changes_nothing(
+    spec: QuantSpec, lanes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(50, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    whole = pack_rows(weight, spec, lanes)
+    monkeypatch.setattr(embedding, "ROUNDED_AT_ONCE", 20 * 64)
+    pieces = pack_rows(weight, spec, lanes)
+    assert pieces.shape == whole.shape == (50 + -50 % lanes, 64)
+    assert all(torch.equal(pieces.tensors[key], tensor) for key, tensor in whole.tensors.items())
 
 
 @pytest.mark.parametrize(("family", "changes"), [
