@@ -345,7 +345,8 @@ def _row_text(
     if messages is not None and (_has_template(tokenizer) or not isinstance(value, str)):
         return _rendered(messages, where, tokenizer)
     if not isinstance(value, str):
-        fields = f"set the source's field to one of {', '.join(sorted(row)) or 'the fields of a row'}"
+        others = sorted(key for key, held in row.items() if isinstance(held, str))
+        fields = f"set the source's field to one of {', '.join(others) or 'the fields of a row that hold text'}"
         fields += "; in a recipe: source: {path: FILE, field: NAME}"
         chat = _messages(row) is not None
         raise InputError(

@@ -42,6 +42,8 @@ Side = Literal["dense", "compressed", "without_policies"]
 Tell = Callable[[str], None]
 REFUSED_OVERLAP = 0.01
 """Share of shared tokens from which held-out text no longer counts as held out."""
+FEW_TOKENS = 500
+"""A perplexity of fewer tokens tells texts apart rather than models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,9 @@ def prepare(
         documents = read(section.source, tokenizer, section.template)
         texts[name] = tokenize(section.separator.join(documents.texts), tokenizer).first(section.max_tokens)
         provenance[name] = documents.provenance
+        count = len(texts[name].tokens)
+        if count < FEW_TOKENS and count != section.max_tokens:
+            warn(f"{name}: this text has only {count} tokens: its perplexity says little about a model")
         _check_overlap(name, texts[name].tokens, calibration, config.overlap, warn)
     windows = None
     if config.fidelity is not None:

@@ -191,7 +191,7 @@ def test_bad_rows_are_named_by_line(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"text": "ok"}\n["list"]\n')
     with pytest.raises(InputError, match=r"b\.jsonl:2: expected an object, found list"):
         read(source(kind="jsonl", path=str(tmp_path / "b.jsonl")))
-    (tmp_path / "c.jsonl").write_text('{"body": "x"}\n{"text": 3}\n')
+    (tmp_path / "c.jsonl").write_text('{"body": "x", "id": 3}\n{"text": 3}\n')
     with pytest.raises(InputError, match="field 'text' is missing") as caught:
         read(source(kind="jsonl", path=str(tmp_path / "c.jsonl")))
     assert str(caught.value.hint).startswith("set the source's field to one of body;")

@@ -45,6 +45,16 @@ def test_held_out_text_that_was_calibration_text(tiny_tokenizer):
     assert len(said) == 1
 
 
+def test_a_text_of_a_few_tokens_is_told_unless_asked_for(tiny_tokenizer):
+    said = []
+    few = {"h": {"source": {"kind": "inline", "texts": ["a word or two"]}, "length": 64}}
+    measure.prepare(config(perplexity=few), tiny_tokenizer, None, None, said.append)
+    assert len(said) == 1 and said[0].startswith("h: this text has only ")
+    asked = {"h": {"source": SOURCE, "length": 64, "max_tokens": 64}}
+    measure.prepare(config(perplexity=asked), tiny_tokenizer, None, None, said.append)
+    assert len(said) == 1
+
+
 def test_length_beyond_the_model_is_refused(tiny_tokenizer):
     section = {"h": {"source": SOURCE, "length": 256}}
     with pytest.raises(InputError, match=r"perplexity\.h\.length is 256, but the model was built for 128"):
