@@ -17,9 +17,10 @@ pytest.importorskip("prometheus_client")
 from llmcompress.serving.limits import Limits  # noqa: E402
 
 LIMITS = Limits(rows=6, queue=32, cache_tokens=2000, prompt_tokens=200, new_tokens=60, choices=8)
-# as DeepSeek's and Qwen's: thoughts of earlier answers go, those of the next one are begun, or ended at once
+# as DeepSeek's and Qwen's: thoughts of earlier answers stand apart, those of the next one are begun, or ended at once
 TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}\n{% endfor %}assistant:<think>\n"
+    "{% for m in messages %}{{ m.role }}: {{ m.reasoning_content }}|{{ m.content.split('</think>')[-1] }}\n{% endfor %}"
+    "assistant:<think>\n"
     "{% if enable_thinking is defined and enable_thinking is false %}\n</think>\n\n{% endif %}"
 )
 
@@ -80,8 +81,9 @@ def test_a_format_begins_behind_thoughts(server: Any, end: int, effort: str) -> 
 
 def test_what_was_thought_goes_back_as_it_came(server: Any, end: int) -> None:
     first = chat(server, end, -100).choices[0].message.model_dump(exclude_none=True)
-    messages = [{"role": "user", "content": "The cat"}, first, {"role": "user", "content": "And?"}]
-    assert chat(server, end, -100, messages=messages).choices[0].message.reasoning_content
+    asked, silent = {"role": "user", "content": "The cat"}, {"role": "assistant", "content": first["content"]}
+    read = [chat(server, end, -100, messages=[asked, said, asked]).usage.prompt_tokens for said in (first, silent)]
+    assert first["reasoning_content"] and read[0] > read[1]
 
 
 def test_a_template_without_thoughts_takes_no_effort(words: Any, tiny_llama: Any, start_server: Any, end: int) -> None:

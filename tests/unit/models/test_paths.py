@@ -78,12 +78,11 @@ def test_a_path_that_is_no_model_folder_gets_the_step_that_helps(
     file.touch()
     assert "a file, not a model folder" in str(no_model_folder(str(file)))
     assert "GGUF is written, not read" in str(no_model_folder(str(file)).hint)
-    (tmp_path / "whole").mkdir()
+    folder = tmp_path / "whole"
+    folder.mkdir()
     for name in ("config.json", "model.safetensors"):
-        (tmp_path / "whole" / name).touch()
-    assert (
-        no_model_folder(str(tmp_path / "whole" / "model.safetensors")).hint == f"give the folder: {tmp_path / 'whole'}"
-    )
+        (folder / name).touch()
+    assert no_model_folder(str(folder / "model.safetensors")).hint == f"give the folder: {folder}"
     assert "hf download org/Model-1B" in str(no_model_folder("org/Model-1B").hint)
     assert "hf download" not in str(no_model_folder("/models/m").hint)
     monkeypatch.chdir(tmp_path)

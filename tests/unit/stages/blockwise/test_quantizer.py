@@ -74,7 +74,7 @@ def test_a_config_without_a_method_is_no_quantizer() -> None:
         Nothing.model_validate({"rules": RULES})
 
 
-def test_estimates_know_which_methods_look_at_activations() -> None:
+def test_calibration_is_consumed_where_the_method_looks_at_activations() -> None:
     quantizers = {name: stage for name, stage in stage_types().items() if issubclass(stage, Quantizer)}
     assert set(quantizers) == {"rtn", "gptq", "qesc"}
     for name, stage in quantizers.items():
