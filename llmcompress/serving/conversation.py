@@ -84,26 +84,25 @@ def tool_form(tools: Toolbox, model: ServedModel, answer: Form | None) -> Form |
 
 
 def rendered(
-    model: ServedModel, messages: list[dict[str, Any]], variables: dict[str, Any], special: bool
+    model: ServedModel, messages: list[dict[str, Any]], told: dict[str, Any], special: bool
 ) -> tuple[str, list[int]]:
     """A conversation as text and as token ids.
 
     Args:
         model: Whose template and tokenizer.
         messages: As :meth:`~llmcompress.serving.protocol.Message.plain` makes them.
-        variables: From :func:`variables`.
+        told: What it is told beside them, from :func:`variables`.
         special: Whether the tokenizer adds its special tokens, which a template mostly writes itself.
 
     Raises:
-        ApiError: 400, there is no template, or it refuses them.
+        ApiError: 400, the template refuses them.
     """
-    words: Any = model.tokenizer
-    if not getattr(words, "chat_template", None):
-        raise ApiError(400, f"{model.name} has no chat template; use /v1/completions", "no_chat_template", "model")
     from jinja2.exceptions import TemplateError
 
+    words: Any = model.tokenizer
+
     def write(messages: list[dict[str, Any]]) -> str:
-        return str(words.apply_chat_template(messages, tokenize=False, **variables))
+        return str(words.apply_chat_template(messages, tokenize=False, **told))
 
     try:
         try:

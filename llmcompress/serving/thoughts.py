@@ -70,8 +70,9 @@ class Thinking:
         lines = [r"thoughts: TEXT " + word(words, self.marks.end), r"TEXT: /(.|\n)*/"]
         if self.marks.end not in added(words):
             lines = [rf"thoughts[lazy]: /(.|\n)*{re.escape(self.marks.end).replace('/', chr(92) + '/')}/"]
-        first = "thoughts" if self.state == "begun" else f"({word(words, self.marks.begin)} thoughts BLANKS?)?"
-        return behind("\n".join([f"start: {first} BLANKS? @answer", *lines, r"BLANKS: /[ \t\r\n]{1,8}/"]), grammar)
+        # without thoughts no blanks either: nobody would take them off the answer
+        first = "thoughts BLANKS?" if self.state == "begun" else f"({word(words, self.marks.begin)} thoughts BLANKS?)?"
+        return behind("\n".join([f"start: {first} @answer", *lines, r"BLANKS: /[ \t\r\n]{1,8}/"]), grammar)
 
 
 def thinking_of(

@@ -130,8 +130,9 @@ def test_only_what_is_behind_thoughts_keeps_to_a_grammar(words: Any, state: Stat
     thoughts = "" if state == "over" else "not 5</th"
     written = {"may begin": f"<think>{thoughts}</think>\n7", "begun": f"{thoughts}</think>\n7", "over": "7"}[state]
     free, wrong = torch.zeros(len(words)), words("5", add_special_tokens=False)["input_ids"][0]
-    # where no thoughts have begun nothing but the answer or they may come
-    assert (walk.restrict(free)[wrong] == 0) == (state == "begun")
+    # where no thoughts have begun nothing but the answer or they may come, and no blanks, which would be the answer's
+    blank = words("\n", add_special_tokens=False)["input_ids"][-1]
+    assert [walk.restrict(free)[one] == 0 for one in (wrong, blank)] == [state == "begun"] * 2
     stream, text = TextStream(words, (), thinking.kept(words)), ""
     for token in words(written, add_special_tokens=False)["input_ids"]:
         assert walk.restrict(free)[token] == 0
