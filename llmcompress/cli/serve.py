@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -111,12 +113,7 @@ def serve(
     key is read from the environment variable LLMCOMPRESS_API_KEY.
     SIGTERM ends it when running answers are complete.
     """
-    if engine not in ("auto", "transformers"):
-        raise UsageError(f"--engine {engine}: unknown", "choose auto or transformers")
-    if parser not in ("auto", "none", *PARSERS):
-        raise UsageError(f"--reasoning-parser {parser}: unknown", f"choose auto, none, {', '.join(PARSERS)}")
-    if name is not None and len(paths) > 1:
-        raise UsageError("--name: for one model only", "leave it out; the folders' names tell several apart")
+    _check(paths, name, engine, parser, origins or ())
     from llmcompress.serving.served import together
     from llmcompress.serving.server import Server, bind, check_access
 
@@ -142,6 +139,27 @@ def serve(
         out.result(data, f"{place}/v1 serves {', '.join(served.models)}")
         server.run(bound)
     out.note("all answers are complete; stopped")
+
+
+def _check(paths: list[str], name: str | None, engine: str, parser: str, origins: Sequence[str]) -> None:
+    """Refuse options before anything is loaded.
+
+    Raises:
+        UsageError: One has a value that is none, or does not go with the others.
+    """
+    if engine not in ("auto", "transformers"):
+        raise UsageError(f"--engine {engine}: unknown", "choose auto or transformers")
+    if parser not in ("auto", "none", *PARSERS):
+        raise UsageError(f"--reasoning-parser {parser}: unknown", f"choose auto, none, {', '.join(PARSERS)}")
+    if name is not None and len(paths) > 1:
+        raise UsageError("--name: for one model only", "leave it out; the folders' names tell several apart")
+    for origin in origins:
+        # browsers compare letter by letter: one with a path, if only a slash, would never be it
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            raise UsageError(
+                f"--allow-origin {origin}: no origin of a page",
+                "give scheme, host and port as http://localhost:3000, without a slash behind them, or '*'",
+            )
 
 
 def _described(batch: Batch) -> str:

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from llmcompress.inference.penalties import Penalties
+from llmcompress.serving.given import Given
 from llmcompress.serving.structured import AnyFormat, Choices, StructuredOutputs, form_of
 from llmcompress.serving.tools import MAX_TOOLS, NamedChoice, Tool, ToolCall, ToolChoice
 
@@ -69,17 +70,6 @@ def _listed(value: Any) -> Any:
 
 
 Stop = Annotated[list[Annotated[str, StringConstraints(min_length=1, max_length=256)]] | None, BeforeValidator(_listed)]
-
-
-class Given(BaseModel):
-    """An object of a body, in which null is as good as nothing: clients write out what they do not set."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _given(cls, found: Any) -> Any:
-        return {name: value for name, value in found.items() if value is not None} if isinstance(found, dict) else found
 
 
 class StreamOptions(Given):

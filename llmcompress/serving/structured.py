@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from llmcompress.inference.grammar import of_choice, of_grammar, of_lark, of_regex, of_schema
+from llmcompress.serving.given import Given
 from llmcompress.serving.text import loads
 
 if TYPE_CHECKING:
@@ -21,35 +22,31 @@ Choices = Annotated[list[Annotated[str, StringConstraints(min_length=1)]], Field
 OBJECT: Mapping[str, Any] = {"type": "object"}
 
 
-class TextFormat(BaseModel):
+class TextFormat(Given):
     """Any text."""
 
-    model_config = ConfigDict(extra="forbid")
     type: Literal["text"]
 
 
-class ObjectFormat(BaseModel):
+class ObjectFormat(Given):
     """Any JSON object; ``schema`` is llama.cpp's name for what it must be like."""
 
-    model_config = ConfigDict(extra="forbid")
     type: Literal["json_object"]
     described: dict[str, Any] | None = Field(default=None, alias="schema")
 
 
-class NamedSchema(BaseModel):
+class NamedSchema(Given):
     """A schema as OpenAI wants it; answers follow it whether ``strict`` or not."""
 
-    model_config = ConfigDict(extra="forbid")
     name: str
     description: str | None = None
     described: dict[str, Any] = Field(alias="schema")
     strict: bool | None = None
 
 
-class SchemaFormat(BaseModel):
+class SchemaFormat(Given):
     """JSON of a schema."""
 
-    model_config = ConfigDict(extra="forbid")
     type: Literal["json_schema"]
     json_schema: NamedSchema
 
@@ -57,10 +54,9 @@ class SchemaFormat(BaseModel):
 AnyFormat = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
 
 
-class StructuredOutputs(BaseModel):
+class StructuredOutputs(Given):
     """vLLM's field: one of these, and how JSON is spaced."""
 
-    model_config = ConfigDict(extra="forbid")
     described: dict[str, Any] | str | None = Field(default=None, alias="json")
     regex: str | None = None
     choice: Choices | None = None

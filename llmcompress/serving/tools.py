@@ -6,9 +6,10 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, StringConstraints
+from pydantic import StringConstraints
 
 from llmcompress.inference.grammar import inline_schema
+from llmcompress.serving.given import Given
 from llmcompress.serving.structured import OBJECT, Form
 from llmcompress.serving.text import added, loads, specials, word
 from llmcompress.serving.tool_calls import CLOSER, OPENERS, CallStream, Style
@@ -23,20 +24,18 @@ OTHER_WORDS = ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", SEPARAT
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]
 
 
-class Function(BaseModel):
+class Function(Given):
     """What a tool is called and takes."""
 
-    model_config = ConfigDict(extra="forbid")
     name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class Tool(BaseModel):
+class Tool(Given):
     """A tool."""
 
-    model_config = ConfigDict(extra="forbid")
     type: Literal["function"]
     function: Function
 
@@ -45,17 +44,15 @@ class Tool(BaseModel):
         return {"type": "function", "function": self.function.model_dump(exclude_none=True, exclude={"strict"})}
 
 
-class FunctionName(BaseModel):
+class FunctionName(Given):
     """One of them."""
 
-    model_config = ConfigDict(extra="forbid")
     name: str
 
 
-class NamedChoice(BaseModel):
+class NamedChoice(Given):
     """A tool that must be called."""
 
-    model_config = ConfigDict(extra="forbid")
     type: Literal["function"]
     function: FunctionName
 
@@ -63,18 +60,16 @@ class NamedChoice(BaseModel):
 ToolChoice = Literal["none", "auto", "required"] | NamedChoice
 
 
-class Called(BaseModel):
+class Called(Given):
     """The function of a call that a client passes back."""
 
-    model_config = ConfigDict(extra="forbid")
     name: str
     arguments: str
 
 
-class ToolCall(BaseModel):
+class ToolCall(Given):
     """A call that a client passes back; streamed ones have an index."""
 
-    model_config = ConfigDict(extra="forbid")
     id: str | None = None
     type: Literal["function"] = "function"
     index: int | None = None

@@ -628,6 +628,8 @@ def test_members_have_settings_of_their_own(family_run: Path, tmp_path: Path) ->
         (["--host", "0.0.0.0"], {"LLMCOMPRESS_API_KEY": "short"}, "at least 8"),
         (["--host", "999.1.1.1"], {"LLMCOMPRESS_API_KEY": KEY}, "999.1.1.1:8000"),
         (["--engine", "warp"], {}, "--engine warp"),
+        (["--reasoning-parser", "warp"], {}, "--reasoning-parser warp"),
+        (["--allow-origin", "http://localhost:3000/"], {}, "--allow-origin http://localhost:3000/"),
         (["another", "--name", "both"], {}, "--name: for one model only"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from llmcompress.inference.generate import Recommended
 from llmcompress.inference.penalties import Penalties
 from llmcompress.serving.protocol import ApiError, Ask, ChatAsk, CompletionAsk, TokenizeAsk, parse
-from llmcompress.serving.structured import Form, form_of
+from llmcompress.serving.structured import Form, ObjectFormat, form_of
 
 PLAIN = {"model": "m", "prompt": "x"}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
@@ -59,6 +59,28 @@ def test_null_is_as_good_as_absent(kind: type[Any], asked: dict[str, Any]) -> No
     nulls = dict.fromkeys(set(kind.model_fields) - set(asked)) | {"audio": None, "web_search_options": None}
     assert parse(kind, {**nulls, **asked}) == parse(kind, asked)
     assert parse(TokenizeAsk, {"prompt": "x", "messages": None}).prompt == "x"
+
+
+@pytest.mark.parametrize(
+    ("field", "nulls", "bare"),
+    [
+        ("response_format", {"type": "text", "json_schema": None}, {"type": "text"}),
+        ("structured_outputs", {"regex": "a", "json": None, "disable_any_whitespace": None}, {"regex": "a"}),
+        (
+            "tools",
+            [{"type": "function", "function": {"name": "f", "parameters": None, "examples": None}}],
+            [{"type": "function", "function": {"name": "f"}}],
+        ),
+    ],
+)
+def test_null_in_an_object_of_a_body_is_as_good_as_absent(field: str, nulls: Any, bare: Any) -> None:
+    assert parse(ChatAsk, {**CHAT, field: nulls}) == parse(ChatAsk, {**CHAT, field: bare})
+
+
+def test_null_in_a_schema_stays() -> None:
+    schema = {"enum": [None], "default": None}
+    found = parse(ChatAsk, {**CHAT, "response_format": {"type": "json_object", "schema": schema}}).response_format
+    assert isinstance(found, ObjectFormat) and found.described == schema
 
 
 @pytest.mark.parametrize(
