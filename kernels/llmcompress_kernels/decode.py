@@ -70,8 +70,8 @@ for _isa in cpu.float_isas():
 # experts int32 [T, k], ascending; the last two are changed in place, where E empties a slot
 Reroute = Callable[[int, Tensor, Tensor, Tensor], None]
 
-# of Activation in lowbit.h, and XIELU of decode.h
-ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "gpt_oss": 3, "relu2": 4, "xielu": 5}
+# of Activation in lowbit.h, and XIELU and RELU of decode.h
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "gpt_oss": 3, "relu2": 4, "xielu": 5, "relu": 6}
 # of Routing in decode.h
 _ROUTING = {"softmax": 0, "sparsemixer": 1, "sigmoid": 2}
 # members of a family that a node can tell apart
@@ -152,6 +152,7 @@ class Decoder:
         embedding_scale: Factor of embeddings.
         residual_scale: Factor of all that layers add to the hidden states.
         embedding_norm: RMSNorm weights ``[H]`` of embeddings, or None.
+        position_rows: float32 ``[positions, H]``, added to embeddings with their factor (OPT), or None.
         activation: Activation of the gates of MLPs, one of :data:`ACTIVATIONS`.
         gate_slope, gate_limit: Of gpt_oss's: gates are cut at the limit, what they open at both sides. Of xIELU, whose
             MLPs have no gates, beta and epsilon.
@@ -181,6 +182,7 @@ class Decoder:
     member_heads: Sequence[Matrix] = ()
     query_scales: Tensor | None = None
     embedding_norm: Tensor | None = None
+    position_rows: Tensor | None = None
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     neighbours: bool = False
@@ -205,7 +207,7 @@ class Decoder:
         )
         # C++ reads these at every step
         self._kept = (embeddings, heads)
-        given = (self.final_norm, self.final_norm_bias, self.embedding_norm)
+        given = (self.final_norm, self.final_norm_bias, self.embedding_norm, self.position_rows)
         routing, latents = self.routing, self.latents or Latents(0, 0, 0.0, False)
         model = ModelStruct(
             structs, *(None if t is None else t.data_ptr() for t in given),
@@ -252,9 +254,9 @@ class Decoder:
 
     @property
     def positions(self) -> int:
-        """Positions that rotary tables and factors of queries have."""
-        tables = (*self.cosine, *self.sine, *(() if self.query_scales is None else (self.query_scales,)))
-        return min(table.shape[0] for table in tables)
+        """Positions that rotary tables, factors of queries and what is added to embeddings have."""
+        tables = (*self.cosine, *self.sine, self.query_scales, self.position_rows)
+        return min(table.shape[0] for table in tables if table is not None)
 
     def with_rotary(
         self, cosine: Sequence[Tensor], sine: Sequence[Tensor], query_scales: Tensor | None = None

@@ -40,7 +40,7 @@ class ModelStruct(ctypes.Structure):
 
     _fields_ = (
         ("layers", ctypes.POINTER(LayerStruct)),
-        *((name, ctypes.c_void_p) for name in ("final_norm", "final_norm_bias", "embedding_norm")),
+        *((name, ctypes.c_void_p) for name in ("final_norm", "final_norm_bias", "embedding_norm", "position_rows")),
         ("embedding", MatrixStruct),
         ("head", MatrixStruct),
         ("screen", MatrixStruct),

@@ -24,6 +24,9 @@ def window_of(config: Any, layer: int) -> int:
     """
     if is_chunked(config, layer):
         return int(config.attention_chunk_size or 0)
+    if hasattr(type(config), "attention_types"):
+        # GPT-Neo's words
+        return int(config.window_size) if config.attention_layers[layer] == "local" else 0
     known = hasattr(type(config), "sliding_window") and getattr(config, "use_sliding_window", True)
     kinds = getattr(config, "layer_types", None)
     if not known or (kinds is not None and kinds[layer] != "sliding_attention"):
@@ -123,7 +126,8 @@ def scale_of(attention: Any) -> float:
     for name in ("scaling", "inv_norm_factor"):
         if hasattr(attention, name):
             return float(getattr(attention, name))
-    return 1.0 / float(attention.scale_attn)
+    # GPT-Neo's have none
+    return 1.0 / float(getattr(attention, "scale_attn", 1.0))
 
 
 def query_scales(config: Any, positions: int) -> Tensor | None:

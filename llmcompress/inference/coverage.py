@@ -24,7 +24,7 @@ FAMILIES = (
     "helium", "cwm", "gpt_neox", "deepseek_v32", "glm_moe_dsa", "mellum", "hy_v3", "afmoe",
     "granite_swa", "granitemoe_swa", "gemma4_text", "llama4_text", "cohere2_moe", "apertus", "nanochat",
     "gptj", "falcon", "mimo_v2_flash", "laguna", "internlm3", "iquestcoder", "jais2", "hyperclovax", "olmo",
-    "vaultgemma", "youtu", "minicpm3",
+    "vaultgemma", "youtu", "minicpm3", "opt", "gpt_neo",
 )  # fmt: skip
 # families whose heads may be turned in part, and those that turn columns side by side
 PARTIAL = (
@@ -44,15 +44,19 @@ INDEXED = ("deepseek_v32", "glm_moe_dsa")
 # what configs call the activations of gated MLPs, and what the engines do; layers with states know the first one
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
-    "relu2": "relu2", "xielu": "xielu",
+    "relu": "relu", "relu2": "relu2", "xielu": "xielu",
 }  # fmt: skip
 _GEMMA = ("gemma", "gemma2", "gemma3_text", "gemma4_text", "vaultgemma")
 # what configs of other families call it
 _CALLED = {
     "gptj": ("activation_function", "gelu_new"),
     "falcon": ("activation", "gelu"),
+    "opt": ("activation_function", "relu"),
+    "gpt_neo": ("activation_function", "gelu_new"),
     "apertus": ("hidden_act", "xielu"),
 }
+# whose tables of positions end, and what configs call the end
+_ENDS = {"gptj": "n_positions", "opt": "max_position_embeddings", "gpt_neo": "max_position_embeddings"}
 # columns of a head, or of what stands for all keys and values of a token: MAX_HEAD_DIM of the decode step
 MOST_COLUMNS = 1024
 # rotary tables that do not depend on the length of the sequence; those of longrope do beyond :func:`reach`
@@ -137,7 +141,7 @@ def reach(config: Mapping[str, Any]) -> int | None:
     """Tokens that a sequence may have in a native engine, None for any number.
 
     A longer sequence takes another of longrope's tables for all its tokens, or lets an indexer choose what they see
-    (DeepSeek-V3.2), which sees everything up to there. GPT-J's table ends.
+    (DeepSeek-V3.2), which sees everything up to there. Tables of learned positions end, and so does GPT-J's.
 
     Args:
         config: Config of a loaded text model.
@@ -151,7 +155,8 @@ def reach(config: Mapping[str, Any]) -> int | None:
         if _kind(rotary) == "longrope" and not _fixed(config, rotary)
     ]
     limits.append(config.get("index_topk", 2048) if config.get("model_type") in INDEXED else None)
-    limits.append(config.get("n_positions", 2048) if config.get("model_type") == "gptj" else None)
+    end = _ENDS.get(str(config.get("model_type")))
+    limits.append(None if end is None else config.get(end, 2048))
     return min((int(limit) for limit in limits if limit is not None), default=None)
 
 

@@ -115,6 +115,7 @@ def decoder_of(model: PreTrainedModel, head_bits: int | None = None) -> native.D
     first = layout.blocks[0].sublayers[0]
     adds = first.output_scale if first.keeps is None else 1.0
     decoder = assembled(config, layers, last, attention, ends, routing, bool(members), (scale, adds))
+    decoder = replace(decoder, position_rows=position_rows_of(model))
     bank = next(iter(layout.banks.values()), None)
     if decoder.activation == "xielu":
         bent = xielu_of(model, layout.blocks[0])
@@ -260,8 +261,21 @@ def _rows(module: PackedRows) -> matrix.Matrix:
 
 def final_norm_of(model: Any) -> Any:
     """The module of the norm before a model's head."""
-    base = model.base_model
+    base = _body(model)
     return next(getattr(base, name) for name in _FINAL_NORMS if hasattr(base, name))
+
+
+def position_rows_of(model: Any) -> Tensor | None:
+    """Learned positions float32 ``[positions, H]`` that a model adds to embeddings, None where it has none."""
+    body = _body(model)
+    table = getattr(body, "embed_positions", getattr(body, "wpe", None))
+    # OPT's begin with rows that no token has
+    return None if table is None else table.weight.detach()[getattr(table, "offset", 0) :].float().contiguous()
+
+
+def _body(model: Any) -> Any:
+    """The module with embeddings, layers and last norm."""
+    return getattr(model.base_model, "decoder", model.base_model)
 
 
 def _weights(module: Any, config: Any, members: Sequence[str], adds_one: bool) -> Any:

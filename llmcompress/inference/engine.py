@@ -32,7 +32,7 @@ from llmcompress.inference.coverage import (
     decline_family,
     reach,
 )
-from llmcompress.inference.decoder import decoder_of, members_of, screened
+from llmcompress.inference.decoder import decoder_of, members_of, position_rows_of, screened
 from llmcompress.inference.latent import decline_latent, halves, side_by_side
 from llmcompress.inference.rotary import rotary_kinds, rotary_of
 from llmcompress.nn.embedding import PackedEmbedding, PackedHead, TiedHead, factor_of
@@ -107,6 +107,8 @@ def _decline_modules(model: PreTrainedModel) -> str | None:
         return f"a family of {members} members, of which a node of its trees tells {native.MAX_MEMBERS} apart"
     if members and activation_of(model.config.get_text_config().to_dict()) == "xielu":
         return "members of a family have activations of their own (xielu), of which a step knows one a layer"
+    if members and position_rows_of(model) is not None:
+        return "members of a family have learned positions of their own, of which a step knows one table"
     for name, module in model.named_modules():
         reason = decline_module(name, module)
         if isinstance(module, TreeLinear) and reason is None:
@@ -293,6 +295,9 @@ class Engine:
     def _rotary(self, positions: int) -> tuple[list[Tensor], list[Tensor]]:
         """Tables float32 ``[positions, R / 2]`` of each kind, of the R columns of a head that are turned."""
         rotary = rotary_of(self.model)
+        if rotary is None:
+            # nothing of a head is turned
+            return [torch.empty(positions, 0)], [torch.empty(positions, 0)]
         # the cache is rounded up
         count = positions if self.longest is None else min(positions, self.longest)
         given = (torch.empty(0, dtype=torch.float32), torch.arange(count).unsqueeze(0))

@@ -33,7 +33,6 @@ from llmcompress.inference.decoder import (
     routing_of,
 )
 from llmcompress.inference.engine import Engine, decline_anywhere, decline_module, decline_rest
-from llmcompress.inference.rotary import rotary_of
 from llmcompress.inference.weights import linear_matrix, linear_parts, norm_of
 from llmcompress.models.layout import Block, ExpertBank, ModelLayout, Sublayer
 from llmcompress.models.registry import layout_from_config
@@ -186,12 +185,6 @@ class HybridEngine(Engine):
         cache = self.cache
         low = 0 if cache.low is None else cache.reading_bytes - cache.low.nbytes // self.slots
         return cache.held_bytes(tokens) + low + (0 if weights is None else weights.carried_bytes)
-
-    def _rotary(self, positions: int) -> tuple[list[Tensor], list[Tensor]]:
-        if rotary_of(self.model) is not None:
-            return super()._rotary(positions)
-        # no positions at all: nothing of a head is turned
-        return [torch.empty(positions, 0)], [torch.empty(positions, 0)]
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Never possible: a state cannot be cut short."""

@@ -41,6 +41,7 @@ def logits(decoder: Decoder, tokens: Tensor) -> Tensor:
     if decoder.mixes or decoder.member_heads or any(layer.aside is not None for layer in decoder.layers):
         raise NotImplementedError("mixers, families and layers that lay aside what they say are defined elsewhere")
     hidden = decoder.embedding_scale * weight_of(decoder.embedding)[tokens]
+    hidden = hidden if decoder.position_rows is None else hidden + decoder.position_rows[: len(tokens)]
     hidden = _norm(hidden, decoder.embedding_norm, None, decoder.epsilon)
     for layer in decoder.layers:
         hidden = _layer(decoder, layer, hidden)
@@ -299,7 +300,7 @@ def _opened(decoder: Decoder, layer: Layer, gate: Tensor, up: Tensor | None) -> 
         bent = (torch.expm1(gate.clamp(max=limit)) - gate) * below
         return decoder.gate_slope * gate + torch.where(gate > 0, above * gate.square(), bent)
     known: dict[str, Callable[[Tensor], Tensor]] = {
-        "silu": silu, "gelu": gelu, "relu2": lambda x: relu(x).square(),
+        "silu": silu, "gelu": gelu, "relu": relu, "relu2": lambda x: relu(x).square(),
         "gelu_tanh": lambda x: gelu(x, approximate="tanh"),
     }  # fmt: skip
     activated = known[kind](gate)

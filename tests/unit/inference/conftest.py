@@ -288,6 +288,13 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "new_decoder_architecture": True, "num_kv_heads": 2, "head_dim": None, "num_key_value_heads": None,
         "intermediate_size": None, "bias": True,
     },
+    # learned positions and no others; MLPs cut at zero
+    "opt": {"head_dim": None, "num_key_value_heads": None, "intermediate_size": None, "ffn_dim": 80},
+    # and layers that see a window, scores without a factor
+    "gpt_neo": {
+        "num_hidden_layers": 3, "head_dim": None, "num_key_value_heads": None, "window_size": 12,
+        "attention_types": [[["local", "global"], 1], [["local"], 1]],
+    },
     # biases everywhere, or nothing new
     "internlm3": {"attention_bias": True, "mlp_bias": True},
     "iquestcoder": {},

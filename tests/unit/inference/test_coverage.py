@@ -63,7 +63,10 @@ def test_the_most_columns_of_a_head_are_those_of_the_step() -> None:
         ({"model_type": "cohere", "use_qk_norm": True}, None),
         ({"model_type": "phi", "qk_layernorm": True}, None),
         ({"model_type": "phi", "partial_rotary_factor": 0.4}, None),
-        ({"model_type": "llama", "hidden_act": "relu"}, "relu"),
+        ({"model_type": "llama", "hidden_act": "relu"}, None),
+        ({"model_type": "llama", "hidden_act": "relu6"}, "relu6"),
+        ({"model_type": "opt"}, None),
+        ({"model_type": "gpt_neo", "activation_function": "relu6"}, "relu6"),
         ({"model_type": "llama", "hidden_act": "gelu"}, None),
         ({"model_type": "mamba2", "hidden_act": "gelu"}, "gelu"),
         ({"model_type": "bamba", "hidden_act": "gelu_pytorch_tanh"}, "gelu_pytorch_tanh"),
@@ -108,6 +111,8 @@ def test_how_far_a_sequence_reaches() -> None:
     sharpened = {"rope_type": "yarn", "original_max_position_embeddings": 16384, "llama_4_scaling_beta": 0.1}
     assert reach({"model_type": "ministral3", "rope_parameters": sharpened}) is None
     assert reach({"model_type": "gptj", "n_positions": 1024}) == 1024
+    assert reach({"model_type": "opt", "max_position_embeddings": 512}) == 512
+    assert reach({"model_type": "gpt_neo"}) == 2048
     assert reach({"model_type": "glm_moe_dsa"}) == 2048
     assert reach({"model_type": "deepseek_v32", "index_topk": 512, "rope_parameters": {"rope_type": "yarn"}}) == 512
     # beside the tables in older files

@@ -33,7 +33,8 @@ EXPERTS = (
 )  # fmt: skip
 PACKED = (
     "llama", "qwen2", "olmo3", "phi3", "glm4", "gemma2", "gemma3_text", "stablelm", "starcoder2", "nemotron", "cohere2",
-    "phi", "exaone4", "granite_swa", "apertus", "nanochat", "falcon", "olmo", "hyperclovax", "minicpm3", *EXPERTS,
+    "phi", "exaone4", "granite_swa", "apertus", "nanochat", "falcon", "olmo", "hyperclovax", "minicpm3", "opt",
+    "gpt_neo", *EXPERTS,
 )  # fmt: skip
 
 
@@ -65,7 +66,7 @@ def test_stablelm_with_sublayers_side_by_side(decoders: Any, ids: torch.Tensor) 
     assert worst(Engine(model, positions=32), tokens, reference(model, tokens), 12) < EXACT
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "relu2"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "relu", "relu2"])
 def test_activations_of_gates(decoders: Any, ids: torch.Tensor, activation: str) -> None:
     model, tokens = decoders.packed("llama", 4, hidden_act=activation), ids[:24]
     assert worst(Engine(model, positions=32), tokens, reference(model, tokens), 12) < EXACT
@@ -231,7 +232,7 @@ def test_long_contexts_are_cut_into_chunks(decoders: Any, ids: torch.Tensor, fam
     "family",
     [
         "mixtral", "deepseek_v3", "olmo3", "gemma2", "gemma4_text", "llama4_text", "cohere2_moe", "mimo_v2_flash",
-        "laguna", "nanochat", "falcon",
+        "laguna", "nanochat", "falcon", "opt", "gpt_neo",
     ],
 )  # fmt: skip
 def test_sequences_of_different_lengths_in_one_step(decoders: Any, ids: torch.Tensor, family: str) -> None:

@@ -117,8 +117,8 @@ struct BoundLowStates {
     const void* held;
 };
 
-// Of MLPs without a gate, beside those of lowbit.h: bent by two numbers of a layer.
-constexpr int32_t XIELU = 5;
+// Of MLPs without a gate, beside those of lowbit.h: bent by two numbers of a layer, or cut at zero.
+constexpr int32_t XIELU = 5, RELU = 6;
 
 // How a token's k experts and their weights follow from the router's logits (routing.h).
 enum Routing : int32_t { SOFTMAX = 0, SPARSEMIXER = 1, SIGMOID = 2 };
@@ -216,6 +216,7 @@ struct Model {
     const float* final_norm;  // [H]
     const float* final_norm_bias;  // [H] or null
     const float* embedding_norm;  // [H] of embeddings, or null
+    const float* position_rows;  // [positions, H], added to embeddings, or null
     Matrix embedding;         // [V, H], no TREE
     Matrix head;              // [V, H]
     Matrix screen;            // the head rounded to 8 bits, to find which rows can hold the largest logit, or ABSENT
@@ -227,7 +228,7 @@ struct Model {
     int32_t latents, latent_width;  // C and C + R, or 0 where each head has keys and values
     int32_t taps;       // L of convolutions, 0 where there are none
     float latent_epsilon;  // of the norms of latents and of what `query` reads
-    int32_t activation;  // of MLPs (lowbit.h): SILU, GELU, GELU_TANH, RELU2, GPT_OSS with a slope and a limit, or XIELU
+    int32_t activation;  // of MLPs (lowbit.h): SILU, GELU, GELU_TANH, RELU, RELU2, GPT_OSS with a slope and a limit, or XIELU
                          // with its beta as slope and its epsilon as limit
     int32_t top_k, routing, members;
     int32_t renormalizes;  // whether weights of experts are divided by their sum

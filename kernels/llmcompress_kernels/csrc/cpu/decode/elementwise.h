@@ -48,9 +48,11 @@ inline void norm(const float* x, const float* weight, const float* bias, int n, 
     for (i = 0; i < n; ++i) out[i] = weight[i] * (out[i] * factor) + bias[i];
 }
 
-// A token's embedding with its factor, and its norm where it has one.
-inline void embedding_row(const Model& m, const Matrix& from, int64_t token, float* to) {
+// A token's embedding with its factor, what belongs to its position, and its norm where it has one.
+inline void embedding_row(const Model& m, const Matrix& from, int64_t token, int64_t position, float* to) {
     embedding_row(from, token, m.hidden, m.embedding_scale, to);
+    if (m.position_rows != nullptr)
+        for (int64_t i = 0; i < m.hidden; ++i) to[i] += m.position_rows[position * m.hidden + i];
     if (m.embedding_norm != nullptr) norm(to, m.embedding_norm, nullptr, m.hidden, m.epsilon, to);
 }
 
@@ -116,9 +118,9 @@ inline F16 erf_of(F16 x) {
 // What an MLP does with sixteen values of its gate. (1 + tanh(u)) / 2 is the sigmoid of 2 u.
 inline F16 activated(F16 v, int32_t activation) {
     if (activation == GELU) return v * 0.5f * (erf_of(v * 0.70710678118654752f) + 1.f);
-    if (activation == RELU2) {
+    if (activation == RELU || activation == RELU2) {
         const F16 positive = maximum(v, F16{});
-        return positive * positive;
+        return activation == RELU ? positive : positive * positive;
     }
     // 2 sqrt(2 / pi) (v + 0.044715 v^3)
     const F16 u = activation == GELU_TANH ? v * (v * v * 0.0713548162726f + 1.59576912160573f) : v;

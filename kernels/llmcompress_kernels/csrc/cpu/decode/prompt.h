@@ -24,7 +24,7 @@ class PromptWorker : public PromptExperts {
         pieces([&] {
             each(blocks(), [&](int64_t b) {
                 for (int64_t t = begin(b); t < end(b); ++t) {
-                    embedding_row(m_, words, p_.tokens[first_ + t], hidden(t));
+                    embedding_row(m_, words, p_.tokens[first_ + t], p_.start + first_ + t, hidden(t));
                     if (e_.lays_aside) std::copy_n(hidden(t), m_.hidden, row_of(room_.words, t));
                 }
             });

@@ -47,7 +47,7 @@ class Worker : public StepHead {
     void embed() {
         for (int b = 0; b < s_.batch; ++b) {
             const Matrix& from = m_.member_embeddings == nullptr ? m_.embedding : m_.member_embeddings[member(b)];
-            embedding_row(m_, from, s_.tokens[b], own_.hidden.data() + b * m_.hidden);
+            embedding_row(m_, from, s_.tokens[b], s_.positions[b], own_.hidden.data() + b * m_.hidden);
         }
         if (e_.lays_aside) std::copy_n(own_.hidden.begin(), s_.batch * m_.hidden, own_.words.begin());
     }
