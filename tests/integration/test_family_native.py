@@ -161,6 +161,16 @@ def test_activations_of_their_own_go_through_modules(monkeypatch: pytest.MonkeyP
     assert "activations of their own (xielu)" in (decline(random_family("apertus").model) or "")
 
 
+@pytest.mark.parametrize(
+    ("model_type", "sizes"), [("opt", {"ffn_dim": 80}), ("gpt_neo", {"attention_types": [[["global"], 2]]})]
+)
+def test_learned_positions_go_through_modules(
+    monkeypatch: pytest.MonkeyPatch, model_type: str, sizes: dict[str, Any]
+) -> None:
+    monkeypatch.setitem(FAMILIES, model_type, sizes)
+    assert "learned positions of their own" in (decline(random_family(model_type).model) or "")
+
+
 def test_gates_by_a_linear_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     dense = {"num_dense_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 16}
     monkeypatch.setitem(FAMILIES, "afmoe", dense)
