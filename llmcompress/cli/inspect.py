@@ -327,8 +327,9 @@ def _show(found: Inspection, screen: Console) -> None:
         facts.append(f"cannot be compressed: {found.reason or 'it is quantized already'}")
     elif found.modules_because is None:
         bound = found.native_tokens
-        up_to = f" in sequences of up to {bound} tokens, longer ones through transformers' modules" if bound else ""
-        facts.append(f"decodes natively on CPUs{up_to}")
+        # tables of learned positions end there in the modules too
+        longer = "longer ones, if the model takes them, through transformers' modules"
+        facts.append("decodes natively on CPUs" + (f" in sequences of up to {bound} tokens, {longer}" if bound else ""))
     else:
         facts.append(f"decodes through transformers' modules: {found.modules_because}")
     if found.policies:
