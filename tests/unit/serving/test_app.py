@@ -17,8 +17,9 @@ pytest.importorskip("prometheus_client")
 from llmcompress.inference.generate import Recommended
 from llmcompress.inference.grammar import Grammars
 from llmcompress.serving import app
-from llmcompress.serving.app import Letters, Service, application
+from llmcompress.serving.app import Service, application
 from llmcompress.serving.conversation import worded
+from llmcompress.serving.letters import Letters
 from llmcompress.serving.limits import Limits
 from llmcompress.serving.metrics import Metrics
 from llmcompress.serving.scheduler import Job, Piece
