@@ -306,7 +306,7 @@ def test_skipping_policy_acts_on_the_prompt(decoders: Any, ids: torch.Tensor) ->
 
 
 def test_what_is_declined(decoders: Any, monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
-    assert "relu" in str(decline(decoders.dense("llama", hidden_act="relu")))
+    assert "relu6" in str(decline(decoders.dense("llama", hidden_act="relu6")))
     assert "clip_qkv" in str(decline(decoders.dense("olmoe", clip_qkv=2.0)))
     assert "zamba2" in str(decline(tiny.model("zamba2")))
     assert "do not begin at a word" in str(decline(decoders.packed("llama", 3, group_size=8)))
