@@ -85,5 +85,5 @@ def test_prices_of_widths_take_the_place_of_the_overhead() -> None:
     weight = [1.0 if tree.is_leaf(p) else 0.0 for p in tree.preorder()]
     padded = Problem(tree, [1.0] * len(weight), weight, 1, OVERHEAD, {1: 2.0, 2: 2.0, 3: 10.0, 4: 10.0})
     assert padded.spent((0, *[2] * (len(weight) - 1))) == 2.0 * (len(weight) - 1)
-    # two bits cost what one costs: nobody stops at one
-    assert all(bits in (0, 2) for bits in allocate([padded], CHOICE, 6.0)[0])
+    # two bits cost what one costs: nobody stops at one, and three have no room
+    assert allocate([padded], CHOICE, 6.0) == [(2, 2, 2)]
