@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from llmcompress_kernels import ops, tree
@@ -195,14 +196,24 @@ class PerMember(nn.Module):
         assert isinstance(found, Tensor)
         return found
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply each member's module to its rows of ``[B, ...]``."""
+    def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
+        """Apply each member's module to its rows of ``[B, ...]``; one row, such as positions, is for all of them."""
         if len(self.batch.rows) == 1:
             member = next(iter(self.batch.rows))
-            found: Tensor = self.parts[self.names.index(member)](x)
+            found: Tensor = self.parts[self.names.index(member)](x, *others, **named)
             return found
-        each = x.shape[0] // self.batch.size
         ordered = sorted(self.batch.rows.items(), key=lambda item: item[1])
-        return torch.cat(
-            [self.parts[self.names.index(name)](x[low * each : high * each]) for name, (low, high) in ordered]
-        )
+        outputs = []
+        for name, rows in ordered:
+            more = [self._own(value, rows) for value in others]
+            by_name = {key: self._own(value, rows) for key, value in named.items()}
+            found = self.parts[self.names.index(name)](self._own(x, rows), *more, **by_name)
+            outputs.append(found.expand(rows[1] - rows[0], *found.shape[1:]) if found.shape[0] == 1 else found)
+        return torch.cat(outputs)
+
+    def _own(self, value: Any, rows: tuple[int, int]) -> Any:
+        """What a tensor ``[B, ...]`` has of rows ``low`` to ``high``; other values as they are."""
+        if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[0] == 1:
+            return value
+        each = value.shape[0] // self.batch.size
+        return value[rows[0] * each : rows[1] * each]

@@ -88,3 +88,17 @@ def test_sinks_that_members_share_stay_where_attention_reads_them() -> None:
         expected = family.dense(name)(ids[row : row + 1]).logits[0]
         torch.testing.assert_close(found[row], expected, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(found[0], found[1])
+
+
+@pytest.mark.parametrize("model_type", ["opt", "gpt_neo"])
+def test_rows_have_their_members_positions(model_type: str) -> None:
+    """OPT's are asked with a mask, GPT-Neo's once for all rows."""
+    own = {"opt": {"ffn_dim": 48, "word_embed_proj_dim": 32}, "gpt_neo": {"attention_types": [[["global"], 2]]}}
+    models = members(model_type, **own[model_type])
+    family = RandomFamily(models, Tree.star(list(models)), {1: 4, 2: 4}, 16)
+    ids = torch.randint(3, 64, (3, 6), generator=torch.Generator().manual_seed(0))
+    family.batch.assign(["ant", "bee", "bee"])
+    found = family.model(ids).logits
+    for row, member in enumerate(["ant", "bee", "bee"]):
+        expected = family.dense(member)(ids[row : row + 1]).logits[0]
+        torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-4)
