@@ -15,11 +15,16 @@ from pathlib import Path
 
 ROOT = Path("/sys/fs/cgroup")
 GROUPS = Path("/proc/self/cgroup")
+# by these OpenMP binds every thread to a place, the first already when torch is imported: what a thread may run on then
+# says nothing of the process
+BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 
 
 def count() -> int:
     """At least 1. A part of a processor counts as one: so many threads use up what there is."""
-    able = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    bound = any(os.environ.get(name, "false").lower() != "false" for name in BINDING)
+    asks = hasattr(os, "sched_getaffinity") and not bound
+    able = len(os.sched_getaffinity(0)) if asks else os.cpu_count() or 1
     allowed = quota()
     return able if math.isinf(allowed) else max(1, min(able, math.ceil(allowed)))
 
@@ -31,7 +36,7 @@ def quota() -> float:
     Read once: it is asked for every token.
     """
     try:
-        lines = GROUPS.read_text().splitlines()
+        lines = [os.fsdecode(line) for line in GROUPS.read_bytes().splitlines()]  # names need not be text
     except OSError:
         return math.inf
     found = math.inf

@@ -16,6 +16,8 @@ def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(processors, "ROOT", tmp_path)
     monkeypatch.setattr(processors, "GROUPS", tmp_path / "own")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    for name in processors.BINDING:
+        monkeypatch.delenv(name, raising=False)
     processors.quota.cache_clear()
     yield tmp_path
     processors.quota.cache_clear()
@@ -29,6 +31,19 @@ def write(folder: Path, **files: str) -> None:
 
 def test_without_groups_all_are_had(groups: Path) -> None:
     assert processors.count() == 8
+
+
+@pytest.mark.parametrize(("value", "expected"), [("true", 8), ("close", 8), ("false", 1), ("FALSE", 1)])
+def test_the_place_of_a_bound_thread_is_not_all(
+    groups: Path, monkeypatch: pytest.MonkeyPatch, value: str, expected: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setenv("OMP_PROC_BIND", value)
+    assert processors.count() == expected
+    write(groups, own="0::/\n", cpu_dot_max="200000 100000")
+    processors.quota.cache_clear()
+    assert processors.count() == min(expected, 2)
 
 
 @pytest.mark.parametrize(
@@ -58,4 +73,10 @@ def test_version_1(groups: Path, allowed: str, expected: int, path: str) -> None
 
 def test_names_that_lead_outside(groups: Path) -> None:
     write(groups, own="0::/../../elsewhere\n", cpu_dot_max="100000 100000")
+    assert processors.count() == 1
+
+
+def test_names_that_are_no_text(groups: Path) -> None:
+    (groups / "own").write_bytes(b"0::/a\xff\n")
+    write(groups / os.fsdecode(b"a\xff"), cpu_dot_max="100000 100000")
     assert processors.count() == 1
