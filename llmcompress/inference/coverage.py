@@ -146,6 +146,18 @@ def reach(config: Mapping[str, Any]) -> int | None:
     Args:
         config: Config of a loaded text model.
     """
+    limits = [turns(config), config.get("index_topk", 2048) if config.get("model_type") in INDEXED else None]
+    end = _ENDS.get(str(config.get("model_type")))
+    limits.append(None if end is None else config.get(end, 2048))
+    return min((int(limit) for limit in limits if limit is not None), default=None)
+
+
+def turns(config: Mapping[str, Any]) -> int | None:
+    """Tokens beyond which a sequence takes another of longrope's tables, for all its tokens; None where none does.
+
+    Args:
+        config: Config of a loaded text model.
+    """
     # transformers takes the whole length where the first one is not told
     keys = ("original_max_position_embeddings", "max_position_embeddings")
     told = next((int(config[key]) for key in keys if config.get(key)), None)
@@ -154,9 +166,6 @@ def reach(config: Mapping[str, Any]) -> int | None:
         for rotary in _rotary(config)
         if _kind(rotary) == "longrope" and not _fixed(config, rotary)
     ]
-    limits.append(config.get("index_topk", 2048) if config.get("model_type") in INDEXED else None)
-    end = _ENDS.get(str(config.get("model_type")))
-    limits.append(None if end is None else config.get(end, 2048))
     return min((int(limit) for limit in limits if limit is not None), default=None)
 
 

@@ -23,6 +23,7 @@ from transformers.cache_utils import (
 )
 
 from llmcompress.inference.caches import arguments
+from llmcompress.inference.coverage import turns
 from llmcompress.nn.states import PackedState
 from llmcompress.serving.rows import TRIAL, Decisions, trial_bytes
 
@@ -313,6 +314,10 @@ def disagrees(mixed: MixedRows, separate: Any, members: Sequence[str], vocabular
     Returns:
         Why this model is better computed sequence by sequence, None if both ways agree.
     """
+    end = turns(mixed.model.config.get_text_config().to_dict())
+    if end is not None and end < mixed.longest:
+        # transformers chooses one for a batch, by its longest sequence
+        return f"sequences of more than {end} tokens have rotary tables of their own (longrope)"
     draws = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, vocabulary, (n,), generator=draws).tolist() for n in (TRIAL, 7, 5)]
     who: list[str | None] = [members[i % len(members)] if members else None for i in (1, 0, 2)]

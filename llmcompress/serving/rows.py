@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.inference.caches import PromptReader, Snapshots, arguments, empty_cache
+from llmcompress.inference.coverage import turns
 from llmcompress.inference.decoder import members_of
 from llmcompress.inference.engine import batch_of
 from llmcompress.serving.slots import Slot, Slots
@@ -260,8 +261,9 @@ class SeparateRows:
         self.model: Any = model
         self._batch, self.limit, self.longest = batch, limit, longest
         self._member = members[0] if members else None
-        self._held: dict[int, tuple[Any, str | None, int]] = {}
+        self._held: dict[int, tuple[Any, str | None, list[int]]] = {}
         self._decisions = Decisions(model)
+        self._turns = turns(self.model.config.get_text_config().to_dict())
 
     def _forward(self, ids: list[int], member: str | None, cache: Any, start: int) -> Tensor:
         if self._batch is not None and member is not None:
@@ -281,7 +283,7 @@ class SeparateRows:
         cache = empty_cache(self.model)
         logits = self._forward(list(prompt), member, cache, 0)
         self._decisions.keep(key)
-        self._held[key] = (cache, member, len(prompt))
+        self._held[key] = (cache, member, list(prompt))
         return logits
 
     def reused(self, key: int) -> int:
@@ -292,10 +294,17 @@ class SeparateRows:
         """See :meth:`Rows.step`."""
         found: dict[int, Tensor] = {}
         for key, token in tokens.items():
-            cache, member, length = self._held[key]
-            self._decisions.use([key])
-            found[key] = self._forward([token], member, cache, length)
-            self._held[key] = (cache, member, length + 1)
+            cache, member, before = self._held[key]
+            if len(before) == self._turns:
+                # the keys so far were turned by the table of shorter sequences
+                cache = empty_cache(self.model)
+                found[key] = self._forward([*before, token], member, cache, 0)
+                self._decisions.keep(key)
+                self._held[key] = (cache, member, before)
+            else:
+                self._decisions.use([key])
+                found[key] = self._forward([token], member, cache, len(before))
+            before.append(token)
         return found
 
     def leave(self, key: int) -> None:

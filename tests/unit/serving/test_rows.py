@@ -145,6 +145,37 @@ def test_bounds_that_only_masks_know_are_refused(tiny: Any) -> None:
     assert "chunked_attention" in reason
 
 
+def test_tables_of_longrope_are_those_of_a_sequence_alone() -> None:
+    """A prompt of the trial is shorter than the first length, and a batch has one table: that of its longest."""
+    longrope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16, "factor": 8.0,
+        "short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [2.0, 3.0, 4.0, 5.0],
+    }  # fmt: skip
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    model = dense("phi3", rope_parameters=longrope, original_max_position_embeddings=16, **ends)
+    reason = disagrees(MixedRows(model, 8, 64), SeparateRows(model, 8, 64), (), 72)
+    assert reason is not None
+    assert "more than 16 tokens" in reason
+    assert disagrees(MixedRows(model, 8, 16), SeparateRows(model, 8, 16), (), 72) is None
+    # they pass the first length while others run that do not, at once after a prompt or later, or begin beyond it
+    asked, rows = prompts((16, 3, 11, 15, 20), 72), SeparateRows(model, 8, 64)
+    with torch.inference_mode():
+        for key, prompt in enumerate(asked):
+            found = [rows.join(key, prompt, None, 64)]
+            text = list(prompt)
+            for token in range(5, 15):
+                text.append(token)
+                found.append(rows.step({key: token})[key])
+            whole = [
+                model(torch.tensor([text[:n]]), use_cache=False).logits[0, -1]
+                for n in range(len(prompt), len(text) + 1)
+            ]
+            torch.testing.assert_close(torch.stack(found), torch.stack(whole), atol=1e-4, rtol=0)
+    for key in range(len(asked)):
+        rows.leave(key)
+    assert decode(rows, asked, 8) == [alone(model, prompt, 8) for prompt in asked]
+
+
 def test_native_rows_are_each_alone() -> None:
     from llmcompress.inference.engine import Engine, decline
 
